@@ -1,0 +1,109 @@
+"""The command line: `nemo-fp8 <command> [overrides]`. Thin: each command lives in `commands/`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from nemo_fp8_recipes import __version__
+from nemo_fp8_recipes.errors import ConfigError, Fp8Error, nearest
+
+__all__ = ["COMMANDS", "main"]
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, the module that runs it, and the line `--help` shows."""
+
+    name: str
+    summary: str
+
+    @property
+    def module(self) -> str:
+        return f"nemo_fp8_recipes.commands.{self.name}"
+
+
+class CommandModule(Protocol):
+    HELP: str
+
+    def run(self, arguments: list[str]) -> int: ...
+
+
+COMMANDS = (
+    Command("train", "pre-train a model with the recipe and log what it did"),
+    Command("show", "print what a recipe composes to: recipe, TE object, Megatron fields"),
+    Command("doctor", "check recipe, hardware, shapes and versions before the job starts"),
+    Command("report", "show what a finished or running run logged"),
+)
+
+
+def usage() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    commands = "\n".join(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS)
+    return (
+        "usage: nemo-fp8 <command> [key=value ...] [--debug]\n\n"
+        "FP8 recipes for NeMo and Megatron.\n\n"
+        f"commands:\n{commands}\n\n"
+        "  nemo-fp8 <command> --help   options and an example\n"
+        "  nemo-fp8 --version\n\n"
+        "example:\n  nemo-fp8 train fp8_recipe=mxfp8 training.steps=200\n"
+    )
+
+
+def _find(name: str) -> Command:
+    for command in COMMANDS:
+        if command.name == name:
+            return command
+    names = [command.name for command in COMMANDS]
+    close = nearest(name, names)
+    raise ConfigError(
+        f"There is no command '{name}'.",
+        allowed=names,
+        hint=f"Did you mean '{close}'?" if close else "See nemo-fp8 --help.",
+    )
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"nemo-fp8 {__version__}")
+        return 0
+    command = _find(arguments[0])
+    module = cast("CommandModule", importlib.import_module(command.module))
+    if any(argument in ("-h", "--help") for argument in arguments[1:]):
+        print(module.HELP.strip())
+        return 0
+    return module.run(arguments[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on an error the user can put right, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except Fp8Error as error:
+        if debug:
+            traceback.print_exc()
+        print(f"nemo-fp8: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("nemo-fp8: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`nemo-fp8 show … | head`): not an error of ours.
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

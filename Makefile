@@ -1,0 +1,53 @@
+# Everything here runs on a machine with no GPU; nothing is installed outside $(VENV).
+#   make train                                   install, then: nemo-fp8 train fp8_recipe=mxfp8
+#   make train ARGS="fp8_recipe=blockwise training.steps=200"
+#   make test                                    the test suite
+#   make lint                                    ruff, mypy and the documentation check
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_WORKERS ?= 2
+# More options for pip, such as where your mirror of PyTorch's CPU wheels is.
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/cpu.txt
+# The recipe named in ARGS wins over the default one.
+RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed-cpu
+	$(BIN)/nemo-fp8 train $(strip $(RECIPE) $(ARGS))
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/check.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-cpu: $(BIN)/python pyproject.toml requirements/cpu.txt
+	@echo "Installing the emulated stack into $(VENV) (once) ..."
+	$(PIP_INSTALL) -e '.[cpu]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-cpu
+	$(PIP_INSTALL) -e '.[cpu,test]'
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[cpu,test,lint]'
+	@touch $@

@@ -1,0 +1,230 @@
+"""The typed shape of the groups `model`, `data`, `optimizer` and `training`. Imports no torch.
+
+`conf/<group>/*.yaml` gives the values, these dataclasses the types and the limits: a value that cannot work is
+a `ConfigError` that names its key before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_fp8_recipes.errors import ConfigError, nearest
+
+__all__ = [
+    "GROUPS",
+    "MockConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "StdlibTextConfig",
+    "TrainingConfig",
+]
+
+ACTIVATIONS = ("squared_relu", "gelu", "swiglu")
+NORMALIZATIONS = ("LayerNorm", "RMSNorm")
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+
+
+def _one_of(key: str, value: object, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        close = nearest(str(value), allowed)
+        raise ConfigError(
+            f"{key}={value} is not available.",
+            key=key,
+            value=value,
+            allowed=allowed,
+            hint=f"Did you mean '{close}'?" if close else None,
+        )
+
+
+def _at_least(key: str, value: float | None, minimum: float) -> None:
+    if value is not None and not value >= minimum:
+        raise ConfigError(
+            f"{key}={value} is out of range.", key=key, value=value, allowed=[f">= {minimum:g}"]
+        )
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    """`low` <= value < `high`."""
+    if not low <= value < high:
+        raise ConfigError(
+            f"{key}={value} is out of range.", key=key, value=value, allowed=[f">= {low:g} and < {high:g}"]
+        )
+
+
+@dataclass
+class ModelConfig:
+    """A dense GPT model in Megatron-Core's own terms."""
+
+    name: str
+    display_name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    seq_length: int
+    kv_channels: int | None = None
+    activation: str = "squared_relu"
+    normalization: str = "LayerNorm"
+    layernorm_zero_centered_gamma: bool = True
+    layernorm_epsilon: float = 1e-5
+    rotary_percent: float = 0.5
+    rotary_base: int = 10000
+    add_bias_linear: bool = False
+    tie_embeddings: bool = False
+    init_method_std: float = 0.02
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+            _at_least(f"model.{field}", getattr(self, field), 1)
+        for field in ("num_query_groups", "vocab_size", "kv_channels", "rotary_base"):
+            _at_least(f"model.{field}", getattr(self, field), 1)
+        _at_least("model.seq_length", self.seq_length, 2)
+        _one_of("model.activation", self.activation, ACTIVATIONS)
+        _one_of("model.normalization", self.normalization, NORMALIZATIONS)
+        _within("model.attention_dropout", self.attention_dropout, 0.0, 1.0)
+        _within("model.hidden_dropout", self.hidden_dropout, 0.0, 1.0)
+        if not 0.0 < self.rotary_percent <= 1.0:
+            raise ConfigError(
+                f"model.rotary_percent={self.rotary_percent} is out of range.",
+                key="model.rotary_percent",
+                value=self.rotary_percent,
+                allowed=["> 0 and <= 1"],
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} does not divide by "
+                f"model.num_attention_heads={self.num_attention_heads}.",
+                key="model.hidden_size",
+                value=self.hidden_size,
+                allowed=[f"a multiple of {self.num_attention_heads}"],
+                hint="Or set model.kv_channels, the size of one head.",
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide by "
+                f"model.num_query_groups={self.num_query_groups}.",
+                key="model.num_query_groups",
+                value=self.num_query_groups,
+                allowed=[
+                    n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0
+                ],
+            )
+
+
+@dataclass
+class StdlibTextConfig:
+    """Byte-level text of the running Python's own standard library."""
+
+    name: str = "stdlib_text"
+    path: str | None = None
+    pattern: str = "*.py"
+    max_bytes: int = 8_000_000
+    held_out_every: int = 20
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _at_least("data.max_bytes", self.max_bytes, 1)
+        _at_least("data.held_out_every", self.held_out_every, 2)
+        _at_least("data.seed", self.seed, 0)
+
+
+@dataclass
+class MockConfig:
+    """Seeded synthetic sequences that a model can learn."""
+
+    name: str = "mock"
+    period: int = 8
+    noise: float = 0.1
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _at_least("data.period", self.period, 1)
+        _within("data.noise", self.noise, 0.0, 1.0)
+        _at_least("data.seed", self.seed, 0)
+
+
+@dataclass
+class OptimizerConfig:
+    """Megatron's Adam with FP32 master weights, and its learning-rate schedule."""
+
+    name: str = "adam"
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    lr_decay_style: str = "cosine"
+    lr_warmup_steps: int = 10
+    lr_decay_steps: int | None = None
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    grad_reduce_in_fp32: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adam",))
+        _one_of("optimizer.lr_decay_style", self.lr_decay_style, LR_DECAY_STYLES)
+        for field in ("lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad", "adam_eps"):
+            _at_least(f"optimizer.{field}", getattr(self, field), 0)
+        _at_least("optimizer.lr_decay_steps", self.lr_decay_steps, 1)
+        _within("optimizer.adam_beta1", self.adam_beta1, 0.0, 1.0)
+        _within("optimizer.adam_beta2", self.adam_beta2, 0.0, 1.0)
+        if self.min_lr > self.lr:
+            raise ConfigError(
+                f"optimizer.min_lr={self.min_lr:g} is above optimizer.lr={self.lr:g}.",
+                key="optimizer.min_lr",
+                value=self.min_lr,
+                allowed=[f"<= {self.lr:g}"],
+            )
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "optimizer.overlap_param_gather=true needs optimizer.distributed_optimizer=true and "
+                "optimizer.overlap_grad_reduce=true.",
+                key="optimizer.overlap_param_gather",
+                value=True,
+            )
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how much at a time, and what is kept."""
+
+    name: str = "default"
+    steps: int = 300
+    micro_batch_size: int = 4
+    global_batch_size: int = 4
+    seed: int = 1234
+    log_every: int = 1
+    eval_batches: int = 8
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    resume: str | None = None
+    stop_at_step: int | None = None
+    deterministic: bool = False
+    distributed_timeout_minutes: int = 10
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "micro_batch_size", "global_batch_size", "log_every"):
+            _at_least(f"training.{field}", getattr(self, field), 1)
+        for field in ("keep_checkpoints", "stop_at_step", "distributed_timeout_minutes"):
+            _at_least(f"training.{field}", getattr(self, field), 1)
+        for field in ("seed", "eval_batches", "save_every"):
+            _at_least(f"training.{field}", getattr(self, field), 0)
+
+
+# One schema a group; where the options of a group have different keys, one schema an option.
+GROUPS: dict[str, type[Any] | dict[str, type[Any]]] = {
+    "model": ModelConfig,
+    "data": {"stdlib_text": StdlibTextConfig, "mock": MockConfig},
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+}

@@ -26,7 +26,9 @@ __all__ = [
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like `word`, or None when nothing comes close."""
-    matches = difflib.get_close_matches(str(word).lower(), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(
+        str(word).lower(), [str(choice) for choice in choices], n=1, cutoff=0.5
+    )
     return matches[0] if matches else None
 
 

@@ -1,0 +1,1 @@
+"""Injection and telemetry wired into training loops."""

@@ -1,0 +1,33 @@
+"""The recipe put where Megatron asks for it, and the manifest read back from the built model."""
+
+from __future__ import annotations
+
+from nemo_fp8_recipes.injection.across_ranks import gather, merge
+from nemo_fp8_recipes.injection.config_check import check_config, check_kind
+from nemo_fp8_recipes.injection.context import Injection, inject
+from nemo_fp8_recipes.injection.model_check import check_model
+from nemo_fp8_recipes.injection.plain_te import autocast
+from nemo_fp8_recipes.injection.read_back import manifest
+from nemo_fp8_recipes.injection.rows import Difference, Manifest, ManifestRow, OperandRow
+from nemo_fp8_recipes.injection.state import frozen_delayed_modules, reset_quantization_state
+from nemo_fp8_recipes.injection.verify import complaints, require_quantized
+
+__all__ = [
+    "Difference",
+    "Injection",
+    "Manifest",
+    "ManifestRow",
+    "OperandRow",
+    "autocast",
+    "check_config",
+    "check_kind",
+    "check_model",
+    "complaints",
+    "frozen_delayed_modules",
+    "gather",
+    "inject",
+    "manifest",
+    "merge",
+    "require_quantized",
+    "reset_quantization_state",
+]

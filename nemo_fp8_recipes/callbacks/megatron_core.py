@@ -1,0 +1,189 @@
+"""`Fp8Run`: a recipe in a Megatron-Core training loop, from before the model is built to the last step.
+
+with Fp8Run(recipe, telemetry=lambda model: telemetry.attach(model, recipe, ...)) as run:
+    run.check(config, optimizer_config=..., ddp_config=...)
+    model = build_model(config)
+    run.model_built(model)
+    for step in range(1, steps + 1):
+        run.begin_step(step)
+        ...                      # forward, backward, optimizer
+        run.end_step(step, {"loss": loss})
+    run.manifest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nemo_fp8_recipes.errors import Fp8Error, InjectionError
+from nemo_fp8_recipes.injection import (
+    Injection,
+    Manifest,
+    check_config,
+    check_model,
+    frozen_delayed_modules,
+    gather,
+    inject,
+    manifest,
+    require_quantized,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_fp8_recipes.recipes import Recipe
+
+    Model = nn.Module | Sequence[nn.Module]
+
+__all__ = ["Fp8Run", "StepRecorder"]
+
+
+class StepRecorder(Protocol):
+    """What is told about every step: `telemetry.Recorder` is one."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def end_step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Fp8Run:
+    """Puts a recipe into a training job, proves that it arrived, and reports every step to telemetry.
+
+    Args:
+        recipe: what to train with; "bf16" runs through the same code and proves that nothing is quantised.
+        telemetry: attaches telemetry to the built model and returns its recorder, which is closed when the
+            run is left; None for no telemetry.
+
+    Attributes:
+        injection: what Megatron is given, while the run is entered.
+        manifest: after the first step what every module does: of the whole job on rank 0, of this rank
+            elsewhere.
+        recorder: the telemetry recorder, once the model is built.
+    """
+
+    def __init__(self, recipe: Recipe, telemetry: Callable[[Model], StepRecorder] | None = None) -> None:
+        self.recipe = recipe
+        self.injection: Injection | None = None
+        self.manifest: Manifest | None = None
+        self.recorder: StepRecorder | None = None
+        self._telemetry = telemetry
+        self._model: Model | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Fp8Run:
+        self.injection = self._exit.enter_context(inject(self.recipe))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.injection = None
+        self._model = None
+        self._exit.__exit__(kind, error, trace)
+
+    def check(self, config: Any, *, optimizer_config: Any = None, ddp_config: Any = None) -> None:
+        """Check Megatron's configs before the model is built.
+
+        Raises:
+            InjectionError: they do not say what the recipe says, or combine it with something that breaks it.
+        """
+        check_config(self.recipe, config)
+        fp8_param = bool(self.recipe.fp8_param)
+        copied = getattr(optimizer_config, "fp8_recipe", None)
+        expected = self.recipe.megatron().get("fp8_recipe")
+        if optimizer_config is not None and (copied is not None or fp8_param) and copied != expected:
+            raise InjectionError(
+                f"Megatron's OptimizerConfig holds its own fp8_recipe={copied} while the recipe is "
+                f"'{expected}'.",
+                key="optimizer.fp8_recipe",
+                value=copied,
+                allowed=[expected],
+            )
+        gathered = getattr(ddp_config, "fp8_param_gather", fp8_param)
+        if ddp_config is not None and gathered != fp8_param:
+            raise InjectionError(
+                f"Megatron's DistributedDataParallelConfig says fp8_param_gather={gathered} while the recipe "
+                f"says fp8_param={fp8_param}.",
+                key="ddp.fp8_param_gather",
+                value=gathered,
+                allowed=[fp8_param],
+            )
+
+    def model_built(self, model: Model) -> None:
+        """Check the model, before its first step, and attach telemetry to it.
+
+        Args:
+            model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
+
+        Raises:
+            InjectionError: the recipe cannot run in this model.
+        """
+        self._require_entered()
+        check_model(model, self.recipe)
+        self._model = model
+        if self._telemetry is not None:
+            self.recorder = self._telemetry(model)
+            self._exit.callback(self.recorder.close)
+
+    def begin_step(self, step: int) -> None:
+        """Call before the forward pass of a step; steps count from 1."""
+        self._require_entered()
+        if self.recorder is not None:
+            self.recorder.begin_step(step)
+
+    def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Call after the optimizer's step; the first time on every rank, as the manifest is gathered then.
+
+        Raises:
+            InjectionError: after the first step, on every rank: the model does not do what the recipe says.
+        """
+        self._require_entered()
+        if self.manifest is None:
+            self._prove()
+        if self.recorder is not None:
+            self.recorder.end_step(step, metrics)
+
+    def _prove(self) -> None:
+        if self._model is None:
+            raise InjectionError("Fp8Run.model_built(model) must be called before the first step.")
+        frozen = frozen_delayed_modules(self._model) if self.recipe.name == "delayed" else ()
+        found = manifest(self._model, self.recipe)
+        problem: str | None = None
+        if frozen:
+            problem = (
+                f"Delayed scaling is frozen in {frozen[0]}: Transformer Engine never updates its amax "
+                f"history. Call reset_quantization_state(model) when a model returns to delayed scaling."
+            )
+        merged: Manifest | None = None
+        try:
+            merged = gather(found)
+            if merged is not None:
+                require_quantized(merged, self.recipe)
+        except Fp8Error as error:
+            problem = problem or str(error)
+        problem = _first_problem(problem)
+        if problem is not None:
+            raise InjectionError(problem, key="fp8_recipe", value=self.recipe.name)
+        self.manifest = found if merged is None else merged
+
+    def _require_entered(self) -> None:
+        if self.injection is None:
+            raise InjectionError("Fp8Run is a context manager: use it as `with Fp8Run(recipe) as run:`.")
+
+
+def _first_problem(problem: str | None) -> str | None:
+    """The problem of the lowest rank that has one, on every rank: all stop together, none waits for the
+    others.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return problem
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found is not None), None)

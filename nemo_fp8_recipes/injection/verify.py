@@ -1,0 +1,122 @@
+"""Comparing a manifest with the recipe that was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow, OperandRow
+
+if TYPE_CHECKING:
+    from nemo_fp8_recipes.recipes import Recipe
+    from nemo_fp8_recipes.recipes.operands import OperandPlan
+
+__all__ = ["complaints", "require_quantized"]
+
+_SHOWN = 5
+
+_EXPECTED_IN_HIGH_PRECISION = {"output_layer", "router", "attention", "per_module_override"}
+"""Reasons that agree with every recipe; "bf16_layer" agrees with a recipe that asks for such layers."""
+
+
+def complaints(manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
+    """Every way in which the model does not do what the recipe says, one sentence each, in model order."""
+    return tuple(complaint for row in manifest.rows for complaint in _row_complaints(row, recipe))
+
+
+def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
+    """Refuse a model that does not do what the recipe says.
+
+    Raises:
+        InjectionError: a quantised recipe was asked for and no module is quantised, a row disagrees with the
+            recipe, or a module is in high precision for a reason the recipe does not give. For "bf16": a
+            module is quantised.
+    """
+    if recipe.precision != "bf16" and not manifest.quantized():
+        raise InjectionError(
+            f"fp8_recipe={recipe.name} was asked for and no module is quantised: {_census(manifest)}.",
+            key="fp8_recipe",
+            value=recipe.name,
+            hint=_advice(manifest),
+        )
+    found = complaints(manifest, recipe)
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InjectionError(
+            f"The model does not do what fp8_recipe={recipe.name} says: {'; '.join(found[:_SHOWN])}{more}.",
+            key="fp8_recipe",
+            value=recipe.name,
+            hint="Print the manifest to see every module.",
+        )
+
+
+def _row_complaints(row: ManifestRow, recipe: Recipe) -> list[str]:
+    if recipe.precision == "bf16":
+        return [f"{row.module} is quantised by {row.recipe}"] if row.quantized else []
+    if not row.quantized:
+        return [] if _may_stay(row, recipe) else [f"{row.module} is in high precision: {row.reason}"]
+    if row.input is None:
+        # Attention: its tensors are not the operands of a linear layer, and fp8_dpa may add a second recipe.
+        return []
+    if row.recipe != recipe.name:
+        return [f"{row.module} is quantised by {row.recipe}"]
+    plans = recipe.operands()
+    return [
+        f"{row.module}: {tensor} {difference}"
+        for tensor, operand in row.operands()
+        for difference in _differences(operand, plans[tensor], recipe, tensor)
+    ]
+
+
+def _may_stay(row: ManifestRow, recipe: Recipe) -> bool:
+    if row.reason_code == "bf16_layer":
+        return bool(recipe.num_layers_at_start_in_bf16 or recipe.num_layers_at_end_in_bf16)
+    return row.reason_code in _EXPECTED_IN_HIGH_PRECISION
+
+
+def _differences(operand: OperandRow, plan: OperandPlan, recipe: Recipe, tensor: str) -> list[str]:
+    """Each property of an operand that is not as planned, as "has format e5m2, the recipe says e4m3"."""
+    if tensor == "grad_output" and getattr(recipe, "backward_override", None) is not None:
+        return (
+            ["is quantised, the recipe's backward_override says high precision"] if operand.quantized else []
+        )
+    checks: list[tuple[str, object, object]] = [
+        ("format", operand.format, plan.format),
+        ("scaling", operand.scaling, plan.scaling),
+        ("block", operand.block, plan.block),
+        ("scale dtype", operand.scale_dtype, plan.scale_dtype),
+        ("power-of-two scales", operand.power_of_two, plan.power_of_two),
+    ]
+    for option, value in (
+        ("amax_epsilon", operand.amax_epsilon),
+        ("amax_history_len", operand.amax_history_len),
+    ):
+        if hasattr(recipe, option):
+            checks.append((option, value, getattr(recipe, option)))
+    return [f"has {name} {found}, the recipe says {asked}" for name, found, asked in checks if found != asked]
+
+
+def _census(manifest: Manifest) -> str:
+    """How many modules stayed in high precision for which reason."""
+    if not manifest.rows:
+        return "the model has no linear layer"
+    reasons = Counter(row.reason for row in manifest.rows)
+    return ", ".join(
+        f"{count} {'module' if count == 1 else 'modules'}: {reason}" for reason, count in reasons.items()
+    )
+
+
+def _advice(manifest: Manifest) -> str:
+    codes = {row.reason_code for row in manifest.rows}
+    if "outside_context" in codes:
+        return (
+            "The model has Transformer Engine layers, so Megatron's FP8 context was never entered: "
+            "set the config fields that recipe.megatron() gives, and run the model inside inject(recipe)."
+        )
+    if "no_forward" in codes:
+        return "Run a training step first: quantizers exist only after a forward pass."
+    return (
+        "The model was built without Transformer Engine layers: build it with "
+        "get_gpt_layer_with_transformer_engine_spec(), not with the local spec."
+    )

@@ -93,7 +93,7 @@ class Fp8Run:
             InjectionError: they do not say what the recipe says, or combine it with something that breaks it.
         """
         check_config(self.recipe, config)
-        fp8_param = bool(self.recipe.fp8_param)
+        fp8_param = bool(getattr(self.recipe, "fp8_param", False))
         copied = getattr(optimizer_config, "fp8_recipe", None)
         expected = self.recipe.megatron().get("fp8_recipe")
         if optimizer_config is not None and (copied is not None or fp8_param) and copied != expected:

@@ -98,7 +98,7 @@ def check_config(recipe: Recipe, config: Any) -> None:
 def _check_delayed(config: Any) -> None:
     """Refuse what breaks delayed scaling.
 
-    Megatron checks some of this in its config's constructor, but NeMo and Megatron-Bridge set FP8 fields later.
+    Megatron checks some of this in its config's constructor, but NeMo and Bridge set FP8 fields later.
     """
     if getattr(config, "first_last_layers_bf16", False):
         raise InjectionError(

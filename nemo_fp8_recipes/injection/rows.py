@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import ReportError
+from nemo_fp8_recipes.recipes.options import OPERANDS, TensorName
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "TENSORS", "Difference", "Manifest", "ManifestRow", "OperandRow"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Difference", "Manifest", "ManifestRow", "OperandRow"]
 
 SCHEMA = "nemo_fp8_recipes.manifest"
 SCHEMA_VERSION = 1
-
-TENSORS = ("input", "weight", "grad_output")
-"""The three operands of a linear layer's GEMMs, named as telemetry names them."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ class ManifestRow:
     reason: str | None
     device: str
 
-    def operands(self) -> Iterator[tuple[str, OperandRow]]:
-        """The operands that were read, in the order of TENSORS."""
-        for name in TENSORS:
+    def operands(self) -> Iterator[tuple[TensorName, OperandRow]]:
+        """The operands that were read, input first."""
+        for name in OPERANDS:
             operand = getattr(self, name)
             if operand is not None:
                 yield name, operand
@@ -211,7 +209,7 @@ class Manifest:
 
 def _row(data: Mapping[str, Any]) -> ManifestRow:
     values = {field.name: data[field.name] for field in dataclasses.fields(ManifestRow)}
-    for tensor in TENSORS:
+    for tensor in OPERANDS:
         if values[tensor] is not None:
             values[tensor] = _operand(values[tensor])
     return ManifestRow(**values)

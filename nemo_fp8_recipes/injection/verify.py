@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow, OperandRow
+from nemo_fp8_recipes.recipes.blockwise import Blockwise
+from nemo_fp8_recipes.recipes.delayed import Delayed
+from nemo_fp8_recipes.recipes.nvfp4 import Nvfp4
+from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 
 if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
-    from nemo_fp8_recipes.recipes.operands import OperandPlan
+    from nemo_fp8_recipes.recipes.options import TensorName
 
 __all__ = ["complaints", "require_quantized"]
 
@@ -61,26 +65,24 @@ def _row_complaints(row: ManifestRow, recipe: Recipe) -> list[str]:
         return []
     if row.recipe != recipe.name:
         return [f"{row.module} is quantised by {row.recipe}"]
-    plans = recipe.operands()
     return [
         f"{row.module}: {tensor} {difference}"
         for tensor, operand in row.operands()
-        for difference in _differences(operand, plans[tensor], recipe, tensor)
+        for difference in _differences(operand, tensor, recipe)
     ]
 
 
 def _may_stay(row: ManifestRow, recipe: Recipe) -> bool:
     if row.reason_code == "bf16_layer":
-        return bool(recipe.num_layers_at_start_in_bf16 or recipe.num_layers_at_end_in_bf16)
+        return bool(getattr(recipe, "layers_in_bf16", 0))
     return row.reason_code in _EXPECTED_IN_HIGH_PRECISION
 
 
-def _differences(operand: OperandRow, plan: OperandPlan, recipe: Recipe, tensor: str) -> list[str]:
+def _differences(operand: OperandRow, tensor: TensorName, recipe: Recipe) -> list[str]:
     """Each property of an operand that is not as planned, as "has format e5m2, the recipe says e4m3"."""
-    if tensor == "grad_output" and getattr(recipe, "backward_override", None) is not None:
-        return (
-            ["is quantised, the recipe's backward_override says high precision"] if operand.quantized else []
-        )
+    plan = recipe.operands().get(tensor)
+    if plan is None:
+        return ["is quantised, the recipe leaves it in high precision"] if operand.quantized else []
     checks: list[tuple[str, object, object]] = [
         ("format", operand.format, plan.format),
         ("scaling", operand.scaling, plan.scaling),
@@ -88,12 +90,24 @@ def _differences(operand: OperandRow, plan: OperandPlan, recipe: Recipe, tensor:
         ("scale dtype", operand.scale_dtype, plan.scale_dtype),
         ("power-of-two scales", operand.power_of_two, plan.power_of_two),
     ]
-    for option, value in (
-        ("amax_epsilon", operand.amax_epsilon),
-        ("amax_history_len", operand.amax_history_len),
-    ):
-        if hasattr(recipe, option):
-            checks.append((option, value, getattr(recipe, option)))
+    if isinstance(recipe, Tensorwise | Blockwise):
+        epsilon = recipe.quantization()[tensor].amax_epsilon
+        checks.append(("amax epsilon", operand.amax_epsilon, epsilon))
+    if isinstance(recipe, Delayed):
+        checks.append(("amax history length", operand.amax_history_len, recipe.amax_history_len))
+    if isinstance(recipe, Nvfp4):
+        checks += [
+            (
+                "Hadamard transform",
+                operand.random_hadamard_transform,
+                tensor != "weight" and not recipe.disable_rht,
+            ),
+            (
+                "stochastic rounding",
+                operand.stochastic_rounding,
+                tensor == "grad_output" and not recipe.disable_stochastic_rounding,
+            ),
+        ]
     return [f"has {name} {found}, the recipe says {asked}" for name, found, asked in checks if found != asked]
 
 

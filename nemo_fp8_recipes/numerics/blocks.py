@@ -6,15 +6,17 @@ padded with zeros, which change no amax, and the padding is dropped from the cod
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nemo_fp8_recipes.numerics.cast import decode, scale_and_cast
 from nemo_fp8_recipes.numerics.formats import Fp8Format
-from nemo_fp8_recipes.numerics.scale import amax
+from nemo_fp8_recipes.numerics.scale import amax, magnitude
 
-__all__ = ["BlockShape", "block_amax", "cast_blocks", "dequantize_blocks", "join", "split"]
+__all__ = ["BlockShape", "block_amax", "dequantize_blocks", "join", "quantize_blocks", "split"]
 
 BlockShape = tuple[int, int]
 
@@ -51,35 +53,46 @@ def join(blocks: Tensor, shape: torch.Size) -> Tensor:
     return blocks.view(row_blocks * rows, column_blocks * columns)[: shape[0], : shape[1]]
 
 
-def block_amax(blocks: Tensor) -> Tensor:
+def block_amax(x: Tensor, block: BlockShape) -> Tensor:
     """Largest magnitude of each block, NaN ignored.
 
     Args:
-        blocks: fp32 [Mb, rows, Kb, columns].
+        x: fp32, bf16 or fp16 [M, K].
+        block: rows and columns of a block.
 
     Returns:
-        fp32 [Mb, Kb].
+        fp32 [ceil(M / rows), ceil(K / columns)].
     """
-    return amax(blocks, dim=(1, 3))
+    return amax(split(x, block), dim=(1, 3))
 
 
-def cast_blocks(
-    blocks: Tensor, scale: Tensor, fmt: Fp8Format, shape: torch.Size, *, out: Tensor | None = None
-) -> Tensor:
-    """FP8 codes of every block under its scale.
+def quantize_blocks(
+    x: Tensor,
+    fmt: Fp8Format,
+    block: BlockShape,
+    scale_rule: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise every block with the scale of its own amax.
 
     Args:
-        blocks: fp32 [Mb, rows, Kb, columns].
-        scale: fp32 [Mb, Kb].
+        x: fp32, bf16 or fp16 [M, K].
         fmt: element format.
-        shape: (M, K) of the matrix.
-        out: uint8 [M, K] to write into.
+        block: rows and columns of a block.
+        scale_rule: from the blocks' amax (fp32) to what the values are multiplied with (fp32) and what is
+            kept to dequantise them.
+        out: uint8 [M, K] to write the codes into.
 
     Returns:
-        uint8 [M, K] (`out` when given).
+        uint8 codes [M, K] (`out` when given), and what is kept, [ceil(M / rows), ceil(K / columns)].
     """
-    codes = join(scale_and_cast(blocks, scale[:, None, :, None], fmt), shape)
-    return codes.contiguous() if out is None else out.copy_(codes)
+    blocks = split(x.detach().to(torch.float32), block)
+    magnitudes = magnitude(blocks)
+    multiplier, kept = scale_rule(torch.amax(magnitudes, dim=(1, 3)))
+    codes = scale_and_cast(blocks, multiplier[:, None, :, None], fmt, scratch=magnitudes)
+    codes = join(codes, x.shape)
+    return (codes.contiguous() if out is None else out.copy_(codes)), kept
 
 
 def dequantize_blocks(

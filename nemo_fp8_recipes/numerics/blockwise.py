@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.numerics.blocks import BlockShape, block_amax, cast_blocks, dequantize_blocks, split
+from nemo_fp8_recipes.numerics.blocks import BlockShape, dequantize_blocks, quantize_blocks
 from nemo_fp8_recipes.numerics.formats import Fp8Format
 from nemo_fp8_recipes.numerics.scale import reciprocal, scale_from_amax
 
@@ -113,12 +113,12 @@ def dequantize_2d(
 def _quantize(
     x: Tensor, fmt: Fp8Format, block: BlockShape, epsilon: float, power_of_two: bool, out: Tensor | None
 ) -> Blocks:
-    blocks = split(x.to(torch.float32), block)
-    scale = scale_from_amax(
-        block_amax(blocks),
-        fmt.max,
-        epsilon=epsilon,
-        power_of_two=power_of_two,
-        overflow_value=torch.finfo(x.dtype).max,
-    )
-    return Blocks(cast_blocks(blocks, scale, fmt, x.shape, out=out), reciprocal(scale))
+    overflow_value = torch.finfo(x.dtype).max
+
+    def scale_rule(largest: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scale_from_amax(
+            largest, fmt.max, epsilon=epsilon, power_of_two=power_of_two, overflow_value=overflow_value
+        )
+        return scale, reciprocal(scale)
+
+    return Blocks(*quantize_blocks(x, fmt, block, scale_rule, out=out))

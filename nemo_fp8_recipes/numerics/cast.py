@@ -2,7 +2,7 @@
 
 Encoding follows the hardware conversion that Transformer Engine's kernels use (`cvt.rn.satfinite`): round to
 nearest even, magnitudes beyond the largest finite value (infinities too) become that value with their sign,
-every NaN becomes 0x7F. torch's own cast does neither of the last two.
+every NaN becomes 0x7F whatever its sign. torch's own cast does neither of the last two.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def saturating_cast(scaled: Tensor, fmt: Fp8Format, *, out: Tensor | None = None
     Returns:
         uint8 codes of the same shape (`out` when given).
     """
-    return _encode_in_place(scaled.clamp(-fmt.max, fmt.max), fmt, out)
+    return _encode_in_place(scaled.detach().clamp(-fmt.max, fmt.max), fmt, out)
 
 
-def scale_and_cast(x: Tensor, scale: Tensor, fmt: Fp8Format, *, out: Tensor | None = None) -> Tensor:
+def scale_and_cast(
+    x: Tensor, scale: Tensor, fmt: Fp8Format, *, out: Tensor | None = None, scratch: Tensor | None = None
+) -> Tensor:
     """FP8 codes of `x * scale`, multiplied in fp32.
 
     Args:
@@ -39,12 +41,15 @@ def scale_and_cast(x: Tensor, scale: Tensor, fmt: Fp8Format, *, out: Tensor | No
         scale: fp32, broadcastable to x.
         fmt: element format.
         out: uint8 of x's shape to write into; need not be contiguous.
+        scratch: fp32 of x's shape that may be overwritten, to save an allocation; x itself when x is not
+            needed any more.
 
     Returns:
         uint8 codes of x's shape (`out` when given).
     """
+    x = x.detach()
     if x.dtype == torch.float32:
-        scaled = torch.mul(x, scale)
+        scaled = torch.mul(x, scale, out=scratch)
     else:
         scaled = x.to(torch.float32).mul_(scale)
     return _encode_in_place(scaled.clamp_(-fmt.max, fmt.max), fmt, out)

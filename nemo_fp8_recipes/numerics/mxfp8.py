@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.numerics.blocks import BlockShape, block_amax, cast_blocks, dequantize_blocks, split
+from nemo_fp8_recipes.numerics.blocks import BlockShape, dequantize_blocks, quantize_blocks
 from nemo_fp8_recipes.numerics.e8m0 import e8m0_from_amax, e8m0_reciprocal, e8m0_to_fp32
 from nemo_fp8_recipes.numerics.formats import Fp8Format
 
@@ -107,6 +107,8 @@ def dequantize_2d(
 
 
 def _quantize(x: Tensor, fmt: Fp8Format, block: BlockShape, out: Tensor | None) -> Blocks:
-    blocks = split(x.to(torch.float32), block)
-    scale_e8m0 = e8m0_from_amax(block_amax(blocks), fmt)
-    return Blocks(cast_blocks(blocks, e8m0_reciprocal(scale_e8m0), fmt, x.shape, out=out), scale_e8m0)
+    def scale_rule(largest: Tensor) -> tuple[Tensor, Tensor]:
+        scale_e8m0 = e8m0_from_amax(largest, fmt)
+        return e8m0_reciprocal(scale_e8m0), scale_e8m0
+
+    return Blocks(*quantize_blocks(x, fmt, block, scale_rule, out=out))

@@ -13,27 +13,38 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["FLT_MAX", "amax", "reciprocal", "scale_from_amax"]
+__all__ = ["FLT_MAX", "amax", "magnitude", "reciprocal", "scale_from_amax"]
 
 FLT_MAX = torch.finfo(torch.float32).max
 
 _SIGN_AND_EXPONENT = -0x00800000  # 0xFF800000 as a signed 32-bit integer
 
 
+def magnitude(x: Tensor) -> Tensor:
+    """|x| with NaN as zero, which a maximum over it then ignores as CUDA's fmaxf ignores NaN.
+
+    Args:
+        x: fp32, bf16 or fp16.
+
+    Returns:
+        A new tensor of x's shape and dtype.
+    """
+    return x.detach().abs().nan_to_num_(nan=0.0, posinf=math.inf)
+
+
 def amax(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Largest magnitude, NaN ignored as CUDA's fmaxf ignores it.
+    """Largest magnitude, NaN ignored.
 
     Args:
         x: fp32, bf16 or fp16.
         dim: dimensions to reduce, all when None.
 
     Returns:
-        fp32, reduced shape. Zero where every value is NaN or where there is none.
+        fp32, reduced shape. Zero where every value is NaN or, with `dim` None, where there is no value.
     """
-    magnitude = x.abs().nan_to_num_(nan=0.0, posinf=math.inf)
-    if x.numel() == 0:
-        return magnitude.to(torch.float32).sum(dim=dim if dim is not None else tuple(range(x.dim())))
-    return torch.amax(magnitude, dim=() if dim is None else dim).to(torch.float32)
+    if dim is None and x.numel() == 0:
+        return torch.zeros((), dtype=torch.float32, device=x.device)
+    return torch.amax(magnitude(x), dim=() if dim is None else dim).to(torch.float32)
 
 
 def scale_from_amax(
@@ -59,11 +70,10 @@ def scale_from_amax(
     """
     floored = amax.clamp_min(epsilon) if epsilon > 0.0 else amax
     # A Python number on the left would make torch multiply with a rounded reciprocal instead of dividing.
-    scale = torch.div(torch.full_like(floored, fp8_max), floored)
-    scale = torch.where(torch.isinf(scale), overflow_value, scale)
+    scale = torch.div(torch.full_like(floored, fp8_max), floored).nan_to_num_(nan=1.0, posinf=overflow_value)
     if power_of_two:
-        scale = scale.view(torch.int32).bitwise_and(_SIGN_AND_EXPONENT).view(torch.float32)
-    usable = torch.isfinite(floored) & (floored != 0.0)
+        scale = scale.view(torch.int32).bitwise_and_(_SIGN_AND_EXPONENT).view(torch.float32)
+    usable = (floored > 0.0) & (floored < math.inf)
     return torch.where(usable, scale, 1.0)
 
 

@@ -1,7 +1,7 @@
 """The typed shape of the groups `model`, `data`, `optimizer` and `training`. Imports no torch.
 
-`conf/<group>/*.yaml` gives the values, these dataclasses the types and the limits: a value that cannot work is
-a `ConfigError` that names its key before anything is built.
+`conf/<group>/*.yaml` gives the values, these dataclasses the types and the limits: a value that cannot work
+is a `ConfigError` that names its key before anything is built.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ class MockConfig:
     """Seeded synthetic sequences that a model can learn."""
 
     name: str = "mock"
-    period: int = 8
+    alphabet: int = 64
     noise: float = 0.1
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _at_least("data.period", self.period, 1)
+        _at_least("data.alphabet", self.alphabet, 2)
         _within("data.noise", self.noise, 0.0, 1.0)
         _at_least("data.seed", self.seed, 0)
 
@@ -158,7 +158,7 @@ class OptimizerConfig:
     lr: float = 2e-3
     min_lr: float = 2e-4
     lr_decay_style: str = "cosine"
-    lr_warmup_steps: int = 10
+    lr_warmup_steps: int | None = None
     lr_decay_steps: int | None = None
     weight_decay: float = 0.1
     adam_beta1: float = 0.9

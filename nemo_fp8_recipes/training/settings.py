@@ -1,0 +1,104 @@
+"""The composed configuration as the typed objects the job works with. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_fp8_recipes import recipes
+from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.training.schema import (
+    GROUPS,
+    MockConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StdlibTextConfig,
+    TrainingConfig,
+)
+
+__all__ = ["Settings", "read_settings"]
+
+# Changing these between save and resume is what they are for; everything else must stay as it was saved.
+FREE_TO_CHANGE = frozenset({"optimizer.lr_decay_steps", "optimizer.lr_warmup_steps"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One job: what to train, on what, how, with which recipe."""
+
+    recipe: Recipe
+    model: ModelConfig
+    data: StdlibTextConfig | MockConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    parallel: dict[str, Any]
+    device: str
+    hardware: dict[str, Any]
+    run_dir: str | None
+
+    def job_identity(self, *, data_fingerprint: str, world_size: int) -> dict[str, Any]:
+        """What a resumed job must share with the one that saved: dotted key -> plain value."""
+        groups: dict[str, dict[str, Any]] = {
+            "model": asdict(self.model),
+            "fp8_recipe": self.recipe.to_dict(),
+            "optimizer": asdict(self.optimizer),
+            "parallel": self.parallel,
+            "training": {
+                key: getattr(self.training, key) for key in ("global_batch_size", "micro_batch_size", "seed")
+            },
+        }
+        identity = {
+            f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()
+        }
+        identity["data.name"] = self.data.name
+        identity["data.fingerprint"] = data_fingerprint
+        identity["processes"] = world_size
+        return {key: value for key, value in identity.items() if key not in FREE_TO_CHANGE}
+
+
+def read_settings(config: DictConfig) -> Settings:
+    """Turn a composed configuration into `Settings`.
+
+    Raises:
+        ConfigError: a value has the wrong type or cannot work; names its key.
+        RecipeError: the recipe does not exist or cannot take its options.
+    """
+    return Settings(
+        recipe=recipes.load(config.fp8_recipe),
+        model=_typed("model", config.model),
+        data=_typed("data", config.data),
+        optimizer=_typed("optimizer", config.optimizer),
+        training=_typed("training", config.training),
+        parallel=_plain(config.parallel),
+        device=str(config.device),
+        hardware=_plain(config.hardware),
+        run_dir=config.run_dir,
+    )
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _typed(group: str, node: DictConfig) -> Any:
+    schema = GROUPS[group]
+    if isinstance(schema, dict):
+        name = node.get("name")
+        if name not in schema:
+            raise ConfigError(
+                f"{group}.name={name} is not available.", key=f"{group}.name", value=name, allowed=schema
+            )
+        schema = schema[name]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        key = f"{group}.{error.full_key}" if error.full_key else group
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key=key) from error

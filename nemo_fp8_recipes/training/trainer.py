@@ -1,0 +1,143 @@
+"""The training loop: one optimizer step after the other, until the last one or a wish to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
+from nemo_fp8_recipes.errors import Fp8Error
+from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position
+from nemo_fp8_recipes.training.display import ProgressLine
+from nemo_fp8_recipes.training.forward import Forward, reduce_loss
+from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
+from nemo_fp8_recipes.training.schema import TrainingConfig
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+__all__ = ["DivergedError", "Outcome", "Step", "Trainer"]
+
+
+class DivergedError(Fp8Error):
+    """The loss is no longer a number: the run cannot recover."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One completed optimizer step. Losses are means per token over the global batch."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    step_time_ms: float
+    tokens: int
+    """Training tokens consumed so far, over all ranks."""
+
+    def metrics(self) -> dict[str, float | int]:
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "step_time_ms": self.step_time_ms,
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: where, and the signal that stopped it (0: none did) before the last step."""
+
+    position: Position
+    finished: bool
+    signal: int = 0
+
+
+@dataclass
+class Trainer:
+    """Drives `Forward`, the optimizer and its schedule; reports each step to the recipe's `Fp8Run` and the
+    log."""
+
+    settings: TrainingConfig
+    model: DistributedDataParallel
+    forward: Forward
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    fp8_run: Fp8Run
+    checkpointer: Checkpointer
+    log: Callable[[Step], None]
+    """Called on every rank after each `log_every`-th step, the first and the last."""
+    after_first_step: Callable[[], None]
+    """Called on every rank once the manifest has been read back."""
+
+    def run(self, start: Position, interruption: Interruption, line: ProgressLine) -> Outcome:
+        """Train from `start` to the last step. Collective.
+
+        Raises:
+            DivergedError: the loss or the gradient is NaN or infinite.
+            InjectionError: after the first step the model does not do what the recipe says.
+        """
+        last = self.settings.steps
+        stop_at = min(last, self.settings.stop_at_step or last)
+        saved = start.step
+        position, stopped = start, 0
+        while position.step < stop_at and not stopped:
+            step, stopped = self._step(position, interruption)
+            position = Position(step.step, position.consumed + self.forward.plan.global_batch_size)
+            line.update(step.step, step.loss, step.step_time_ms)
+            if step.step % self.settings.log_every == 0 or step.step in (1, last):
+                self.log(step)
+            if position.step == start.step + 1:
+                self.after_first_step()
+            if self._save_due(position.step):
+                self.checkpointer.save(position)
+                saved = position.step
+        if self.settings.save_every and position.step > saved:
+            self.checkpointer.save(position)
+        return Outcome(position, finished=position.step >= last, signal=stopped)
+
+    def _save_due(self, step: int) -> bool:
+        every = self.settings.save_every
+        return every > 0 and (step % every == 0 or step == self.settings.steps)
+
+    def _step(self, position: Position, interruption: Interruption) -> tuple[Step, int]:
+        """One optimizer step and the signal, if any, that some rank has received by its end."""
+        started = time.perf_counter()
+        number = position.step + 1
+        self.fp8_run.begin_step(number)
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self.forward.train(position.consumed)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(increment=1)
+        flags = [float(interruption.signal == watched) for watched in WATCHED]
+        loss, *received = reduce_loss(reports, self.forward.device, *flags)
+        norm = float(grad_norm) if grad_norm is not None else 0.0
+        step = Step(
+            step=number,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            step_time_ms=(time.perf_counter() - started) * 1e3,
+            tokens=(position.consumed + self.forward.plan.global_batch_size) * self.forward.seq_length,
+        )
+        self.fp8_run.end_step(number, {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
+        if not (succeeded and math.isfinite(loss) and math.isfinite(norm)):
+            self.log(step)
+            raise DivergedError(
+                f"Step {number} diverged: loss {loss}, gradient norm {norm}.",
+                key="fp8_recipe",
+                value=self.fp8_run.recipe.name,
+                hint="The telemetry up to here shows where; try another recipe or a lower optimizer.lr.",
+            )
+        return step, next(
+            (int(watched) for watched, ranks in zip(WATCHED, received, strict=True) if ranks), 0
+        )

@@ -1,0 +1,236 @@
+"""From device vectors on every rank to numbers on the writing rank: one collective and one copy a logging
+step.
+
+The ranks agree once on a layout, the sorted union of what each of them reads, so that a rank that lacks a
+module (another pipeline stage, an expert elsewhere) still takes part. Each rank writes what it has into its
+places and leaves the others empty; one all-reduce with the maximum then gives every rank the whole.
+
+That the maximum also serves minima, means and NaN is a matter of encoding: an fp32 becomes the int32 of the
+same order, with NaN above +Inf; a minimum is stored complemented; a mean has a place for each rank. Integers
+reduce the same way in NCCL and gloo, whose floating-point maxima differ on NaN.
+
+Place 0 says whether a rank read something the layout does not have yet. Then, and in the first logging step,
+the ranks gather their lists anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+
+__all__ = ["Exchange", "InFlight", "decode", "encode"]
+
+_ABSENT = -(2**31)
+_NAN = 2**31 - 1
+
+
+def encode(values: Tensor, minimum: Tensor) -> Tensor:
+    """int32 codes of fp32 values, in the order of the values; complemented where `minimum`, so that the
+    largest code is the smallest value. NaN is the largest code of both.
+    """
+    bits = values.view(torch.int32)
+    ordered = bits ^ (bits.bitwise_right_shift(31) & 0x7FFFFFFF)
+    ordered = torch.where(minimum, ~ordered, ordered)
+    return torch.where(values.isnan(), _NAN, ordered)
+
+
+def decode(codes: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+    """fp32 values of int32 codes; an empty place becomes NaN, see `decode`'s callers for telling it apart."""
+    ordered = np.where(minimum, ~codes, codes)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    values = bits.astype(np.int32).view(np.float32)
+    return np.where((codes == _NAN) | (codes == _ABSENT), np.float32("nan"), values)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which place holds what, the same on every rank.
+
+    Attributes:
+        specs: everything any rank reads, sorted.
+        starts: first place of each spec; place 0 is the flag.
+        size: places.
+    """
+
+    specs: tuple[ReadingSpec, ...]
+    starts: dict[ReadingSpec, int]
+    size: int
+
+    @classmethod
+    def of(cls, specs: Sequence[ReadingSpec], world_size: int) -> _Layout:
+        ordered = tuple(sorted(set(specs)))
+        starts, place = {}, 1
+        for spec in ordered:
+            starts[spec] = place
+            place += world_size if spec.combine == "mean" else spec.length
+        return cls(ordered, starts, place)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where a reading's numbers go.
+
+    Attributes:
+        places: places in the layout, int64 (n,).
+        source: positions in the reading, int64 (n,).
+        minimum: 1 where the smallest value wins, int64 (n,).
+        unknown: the reading holds something the layout has no place for.
+    """
+
+    places: np.ndarray
+    source: np.ndarray
+    minimum: np.ndarray
+    unknown: bool
+
+
+class InFlight:
+    """Values of one logging step on their way to the host. `result` waits for them."""
+
+    def __init__(self, exchange: Exchange, reading: Reading | None, host: Tensor, event: Any | None) -> None:
+        self._exchange = exchange
+        self._reading = reading
+        self._host = host
+        self._event = event
+
+    def result(self, *, collective: bool = True) -> dict[ReadingSpec, np.ndarray]:
+        """What all ranks read in the step: fp32 (length,) for each spec. Empty on ranks that do not write.
+
+        Args:
+            collective: whether all ranks call this now. If not, what a rank read for the first time is left
+            out.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        host = self._host.numpy()
+        if host[0] and collective:
+            return self._exchange.combine_anew(self._reading)
+        return self._exchange.take(host)
+
+
+class Exchange:
+    """Combines readings over ranks.
+
+    Args:
+        group: process group; None is the default group where torch.distributed runs, else a single process.
+        writer: whether this rank wants the result.
+    """
+
+    def __init__(self, group: Any | None, *, writer: bool) -> None:
+        self._group = group
+        self._distributed = dist.is_available() and dist.is_initialized()
+        self._world_size = dist.get_world_size(group) if self._distributed else 1
+        self._rank = dist.get_rank(group) if self._distributed else 0
+        self._writer = writer
+        self._indices = IndexCache()
+        self._known: set[ReadingSpec] = set()
+        self._layout: _Layout | None = None
+        self._plan: tuple[_Layout, tuple[ReadingSpec, ...], _Plan] | None = None
+
+    def start(self, reading: Reading | None, device: torch.device) -> InFlight:
+        """Reduce over ranks and start the copy to the host. Every rank calls this in every logging step, also
+        with nothing to show.
+        """
+        self._known.update(reading.specs if reading is not None else ())
+        layout = self._layout
+        if layout is None:
+            layout = self._agree()
+        places = self._reduce(layout, reading, device)
+        if not self._writer:
+            places = places[:1]
+        if places.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return InFlight(self, reading, places, None)
+        host = torch.empty(places.shape, dtype=places.dtype, pin_memory=True)
+        host.copy_(places, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return InFlight(self, reading, host, event)
+
+    def combine_anew(self, reading: Reading | None) -> dict[ReadingSpec, np.ndarray]:
+        """Agree on a layout that holds everything, and combine with it. Every rank calls this together."""
+        layout = self._agree()
+        device = reading.values.device if reading is not None else self._device()
+        return self.take(self._reduce(layout, reading, device).cpu().numpy())
+
+    def take(self, places: np.ndarray) -> dict[ReadingSpec, np.ndarray]:
+        """The values in the places of the layout; specs that no rank had in this step are left out."""
+        layout = self._layout
+        if layout is None or not self._writer:
+            return {}
+        minimum = np.zeros(layout.size, dtype=bool)
+        for spec in layout.specs:
+            if spec.combine == "min":
+                minimum[layout.starts[spec]] = True
+        values = decode(places, minimum)
+        found = {}
+        for spec in layout.specs:
+            start = layout.starts[spec]
+            if spec.combine == "mean":
+                here = slice(start, start + self._world_size)
+                present = values[here][places[here] != _ABSENT]
+                if present.size:
+                    found[spec] = np.asarray([present.astype(np.float64).mean()], dtype=np.float32)
+            elif places[start] != _ABSENT:
+                found[spec] = values[start : start + spec.length]
+        return found
+
+    def _agree(self) -> _Layout:
+        specs = sorted(self._known)
+        if self._world_size > 1:
+            gathered: list[Any] = [None] * self._world_size
+            dist.all_gather_object(gathered, specs, group=self._group)
+            specs = [ReadingSpec(*spec) for rank in gathered for spec in rank]
+        self._known.update(specs)
+        self._layout = _Layout.of(specs, self._world_size)
+        return self._layout
+
+    def _reduce(self, layout: _Layout, reading: Reading | None, device: torch.device) -> Tensor:
+        places = torch.full((layout.size,), _ABSENT, dtype=torch.int32, device=device)
+        if reading is not None:
+            plan = self._plan_for(layout, reading)
+            values = reading.values.index_select(0, self._indices.on(device, plan.source))
+            places.index_copy_(
+                0,
+                self._indices.on(device, plan.places),
+                encode(values, self._indices.on(device, plan.minimum) != 0),
+            )
+            places[:1].fill_(int(plan.unknown))
+        if self._world_size > 1:
+            dist.all_reduce(places, op=dist.ReduceOp.MAX, group=self._group)
+        return places
+
+    def _plan_for(self, layout: _Layout, reading: Reading) -> _Plan:
+        """Where this rank's numbers go. The same in every step that reads the same."""
+        if self._plan is not None and self._plan[0] is layout and self._plan[1] == reading.specs:
+            return self._plan[2]
+        places, source, minimum = [], [], []
+        position, unknown = 0, False
+        for spec in reading.specs:
+            start = layout.starts.get(spec)
+            if start is None:
+                unknown = True
+            else:
+                start += self._rank if spec.combine == "mean" else 0
+                places.append(np.arange(start, start + spec.length))
+                source.append(np.arange(position, position + spec.length))
+                minimum.append(np.full(spec.length, spec.combine == "min"))
+            position += spec.length
+        plan = _Plan(_joined(places), _joined(source), _joined(minimum), unknown)
+        self._plan = (layout, reading.specs, plan)
+        return plan
+
+    def _device(self) -> torch.device:
+        backend = dist.get_backend(self._group) if self._distributed else "gloo"
+        return torch.device("cuda") if backend == "nccl" else torch.device("cpu")
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *pieces])

@@ -1,0 +1,134 @@
+"""The quantised GEMMs of a model and who makes their operands.
+
+Transformer Engine gives each GEMM of a module its own quantizers, three in the forward direction (input,
+weight, output) and two in the backward one (grad_output, grad_input), in `module.quantizers`; delayed scaling
+keeps scale and history of the same slots in `module.fp8_meta` (`transformer_engine/pytorch/module/base.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_fp8_recipes.injection.module_names import named_modules
+from nemo_fp8_recipes.injection.peers import derives_from
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Linear", "Operand", "linears"]
+
+_FORWARD_SLOTS = {"input": 0, "weight": 1}
+_FORWARD_SIZE = 3
+_BACKWARD_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of one GEMM: a row of the telemetry.
+
+    Attributes:
+        module: name of the GEMM, see `Linear.path`.
+        tensor: "input", "weight" or "grad_output".
+    """
+
+    module: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One GEMM of a Transformer Engine module.
+
+    Attributes:
+        path: module path in the whole model; `<path>.gemm<i>` for module with several GEMMs, where i counts
+            experts over the expert-parallel ranks.
+        module: the Transformer Engine module.
+        gemm: index of the GEMM within the module on this rank.
+    """
+
+    path: str
+    module: Any
+    gemm: int
+
+    def quantizers(self) -> Iterator[tuple[str, Any]]:
+        """Operand and the quantizer that makes it; nothing before the module's first quantised forward."""
+        forward = self.module.quantizers["scaling_fwd"]
+        if len(forward) >= (self.gemm + 1) * _FORWARD_SIZE:
+            for tensor, slot in _FORWARD_SLOTS.items():
+                yield tensor, forward[self.gemm * _FORWARD_SIZE + slot]
+        backward = self.module.quantizers["scaling_bwd"]
+        if len(backward) >= (self.gemm + 1) * _BACKWARD_SIZE:
+            yield "grad_output", backward[self.gemm * _BACKWARD_SIZE]
+
+    def scale_columns(self) -> Iterator[tuple[str, Any, int]]:
+        """Operand, the `scale` tensor of delayed scaling that holds its slot, and the column in it."""
+        forward = getattr(self.module.fp8_meta.get("scaling_fwd"), "scale", None)
+        if forward is not None:
+            for tensor, slot in _FORWARD_SLOTS.items():
+                yield tensor, forward, self.gemm * _FORWARD_SIZE + slot
+        backward = getattr(self.module.fp8_meta.get("scaling_bwd"), "scale", None)
+        if backward is not None:
+            yield "grad_output", backward, self.gemm * _BACKWARD_SIZE
+
+    def weight(self) -> Any | None:
+        """The quantised weight that persists over the step, or None.
+
+        It is the primary weight where the parameter itself is quantised, else the copy that the module keeps
+        for the micro-batches of a step. A module that does neither quantises its weight in every forward.
+        """
+        module = self.module
+        for name in (f"fc{self.gemm + 1}_weight", f"weight{self.gemm}", "weight"):
+            parameter = getattr(module, name, None)
+            if derives_from(parameter, "transformer_engine", "QuantizedTensorStorage"):
+                return parameter
+            if name in module._fp8_workspaces:
+                return module._fp8_workspaces[name]
+        return None
+
+    @property
+    def primary(self) -> bool:
+        """Whether the weight parameter itself is quantised, and so changes with the optimizer step."""
+        return any(
+            derives_from(parameter, "transformer_engine", "QuantizedTensorStorage")
+            for parameter in self.module.parameters(recurse=False)
+        )
+
+
+def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:
+    """The GEMMs of every Transformer Engine linear of a model (or of Megatron's list of chunks).
+
+    Linears that run in high precision are among them; they just never show a quantised operand.
+    """
+    found = []
+    for named in named_modules(model):
+        module: Any = named.module
+        if not derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
+            continue
+        if derives_from(module, "transformer_engine", "DotProductAttention"):
+            continue
+        gemms = int(module.fp8_meta.get("num_gemms") or _gemms(module))
+        offset = _expert_offset(named.path, gemms)
+        for gemm in range(gemms):
+            path = named.path if gemms == 1 else f"{named.path}.gemm{offset + gemm}"
+            found.append(Linear(path, module, gemm))
+    return tuple(found)
+
+
+def _gemms(module: Any) -> int:
+    """GEMMs of a module; `fp8_meta["num_gemms"]` exists only after the first quantised forward."""
+    if derives_from(module, "transformer_engine", "LayerNormMLP"):
+        return 2
+    return int(getattr(module, "num_gemms", 1))
+
+
+def _expert_offset(path: str, gemms: int) -> int:
+    """How many experts the lower expert-parallel ranks hold: makes the number of an expert global."""
+    if ".experts." not in f".{path}.":
+        return 0
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return int(parallel_state.get_expert_model_parallel_rank()) * gemms

@@ -1,0 +1,10 @@
+"""Probes: what each family of recipes leaves behind, read from Transformer Engine's own state."""
+
+from __future__ import annotations
+
+from nemo_fp8_recipes.telemetry.probes.base import Probe, Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.blocks import BlockProbe
+from nemo_fp8_recipes.telemetry.probes.delayed import DelayedProbe
+from nemo_fp8_recipes.telemetry.probes.tensorwise import TensorwiseProbe
+
+__all__ = ["BlockProbe", "DelayedProbe", "Probe", "Reading", "ReadingSpec", "TensorwiseProbe"]

@@ -1,0 +1,184 @@
+"""Delayed scaling: the global scale and history buffers, at the moment Transformer Engine updates them.
+
+`FP8GlobalStateManager.reduce_and_update_fp8_tensors` concatenates the live amax (history row 0) of all
+modules, reduces it over ranks and updates history and scale in one call: the forward direction when the
+outermost autocast exits, the backward one after the backward pass of the module that ran first, each once a
+micro-batch. The probe stands around that call, so it knows which amax was observed under which scale, without
+guessing from the state afterwards.
+
+An update, per tensor (`common/recipe/delayed_scaling.cu`), with a the reduced amax and h the history before
+it:
+
+    a == 0:  nothing changes: no roll, the old scale stays
+    else:    window = h[1], ..., h[len-1], a;  h <- 0, window[1], ..., window[len-1]
+             m = max(window) ("max") or a ("most_recent")
+             scale <- min(fp8_max * 2^-margin / m, FLT_MAX) if m is finite and above 0, else the old scale
+
+`amax_history` is that window: it includes the oldest entry, which counts for the scale and is then dropped,
+so that the next scale can be computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.telemetry.linears import Linear
+from nemo_fp8_recipes.telemetry.probes.base import Combine, Probe, Reading, ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+
+__all__ = ["DelayedProbe"]
+
+
+class _Buffers:
+    """One direction's buffers and what the step's updates did to them. All vectors are fp32 (slots,).
+
+    Attributes:
+        histories: per module, fp32 (len, slots of the module).
+        scales: per module, fp32 (slots of the module).
+        amax: largest reduced amax of the step's updates.
+        last: reduced amax of the last update in which it was not zero.
+        scale: the scale in force before that update: what the tensor was cast with.
+        oldest: the history entry that that update dropped.
+    """
+
+    def __init__(self, histories: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        self.histories = list(histories)
+        self.scales = list(scales)
+        self.amax: Tensor | None = None
+        self.last: Tensor
+        self.scale: Tensor
+        self.oldest: Tensor
+
+    @property
+    def length(self) -> int:
+        return int(self.histories[0].shape[0])
+
+    def update(self, amax: Tensor, scale: Tensor, oldest: Tensor) -> None:
+        if self.amax is None:
+            self.amax, self.last, self.scale, self.oldest = amax, amax, scale, oldest
+            return
+        # A weight is cast in the first micro-batch only: in the others its amax is 0 and its state stays.
+        observed = amax != 0
+        self.amax = torch.maximum(self.amax, amax)
+        self.last = torch.where(observed, amax, self.last)
+        self.scale = torch.where(observed, scale, self.scale)
+        self.oldest = torch.where(observed, oldest, self.oldest)
+
+    def window(self) -> Tensor:
+        """fp32 (len, slots), oldest entry first, the step's last amax in the last row."""
+        last = self.last[None]
+        if self.length == 1:
+            return last
+        history = torch.cat(self.histories, dim=1)
+        rolled = torch.cat([self.oldest[None], history[1:-1], last])
+        return torch.where(last == 0, torch.cat([history[1:], last]), rolled)
+
+
+class DelayedProbe(Probe):
+    """Scale, amax and history window of every operand at the step's updates.
+
+    Args:
+        linears: the GEMMs of the model.
+        indices: index tensors on the device.
+        history: whether to read the windows.
+    """
+
+    def __init__(self, linears: Sequence[Linear], indices: IndexCache, *, history: bool) -> None:
+        self._linears = linears
+        self._indices = indices
+        self._history = history
+        self.begin()
+
+    def begin(self) -> None:
+        self._buffers: dict[tuple[int, ...], _Buffers] = {}
+
+    def fused_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the binding's `fused_amax_and_scale_update_after_reduction`."""
+
+        def call(
+            amax: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], *args: Any, **kwargs: Any
+        ) -> Any:
+            self._before_update(amax, histories, scales)
+            return original(amax, histories, scales, *args, **kwargs)
+
+        return call
+
+    def unfused_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around `quantization._amax_and_scale_update`, the path of NVTE_UNFUSED_FP8_UPDATE and of callables
+        as algorithms. Transformer Engine calls it once a module, with the reduced amax in history row 0.
+        """
+
+        def call(history: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._before_update(history[0].clone(), [history], [scale])
+            return original(history, scale, *args, **kwargs)
+
+        return call
+
+    def _before_update(self, amax: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        key = tuple(id(scale) for scale in scales)
+        buffers = self._buffers.get(key)
+        if buffers is None:
+            buffers = self._buffers[key] = _Buffers(histories, scales)
+        # The next entry to be dropped is row 1: row 0 is the live amax. A window of one holds nothing older.
+        oldest = 1 if buffers.length > 1 else 0
+        with torch.no_grad():
+            buffers.update(
+                amax, torch.cat(list(scales)), torch.cat([history[oldest] for history in histories])
+            )
+
+    def end(self) -> Reading | None:
+        columns: dict[int, list[tuple[Linear, str, int]]] = {}
+        for linear in self._linears:
+            for tensor, scale, column in linear.scale_columns():
+                columns.setdefault(id(scale), []).append((linear, tensor, column))
+        readings = []
+        for buffers in self._buffers.values():
+            start = 0
+            found: list[tuple[Linear, str, int]] = []
+            for scale in buffers.scales:
+                found.extend(
+                    (linear, tensor, start + column) for linear, tensor, column in columns.get(id(scale), ())
+                )
+                start += scale.numel()
+            if found:
+                readings.append(self._read(buffers, found))
+        self.begin()
+        if not readings:
+            return None
+        return Reading(
+            tuple(spec for reading in readings for spec in reading.specs),
+            torch.cat([reading.values for reading in readings]),
+        )
+
+    def _read(self, buffers: _Buffers, found: Sequence[tuple[Linear, str, int]]) -> Reading:
+        """The readings of the slots in `found`: (GEMM, operand, slot in the concatenated buffers)."""
+        assert buffers.amax is not None  # a buffer is created by its first update
+        slots = self._indices.on(buffers.amax.device, [slot for _, _, slot in found])
+        specs: list[ReadingSpec] = []
+        parts: list[Tensor] = []
+        numbers: tuple[tuple[str, Combine, Tensor], ...] = (
+            ("amax", "max", buffers.amax),
+            ("scale", "min", buffers.scale),
+            ("scale_next", "min", torch.cat(buffers.scales)),
+        )
+        for name, combine, vector in numbers:
+            specs.extend(self._spec(linear, tensor, name, combine) for linear, tensor, _ in found)
+            parts.append(vector.index_select(0, slots))
+        if self._history:
+            specs.extend(
+                self._spec(linear, tensor, "amax_history", "max", buffers.length)
+                for linear, tensor, _ in found
+            )
+            parts.append(buffers.window().index_select(1, slots).t().reshape(-1))
+        return Reading(tuple(specs), torch.cat(parts))
+
+    @staticmethod
+    def _spec(linear: Linear, tensor: str, name: str, combine: Combine, length: int = 1) -> ReadingSpec:
+        quantizer = dict(linear.quantizers())[tensor]
+        return ReadingSpec(
+            linear.path, tensor, name, "delayed", element_format(quantizer), combine, length=length
+        )

@@ -1,0 +1,166 @@
+"""The recorder: what the training loop calls, and when each thing happens.
+
+    begin_step(step)            logging step: the seam opens; otherwise nothing
+      forward and backward      probes keep references to scales
+      optimizer step
+    end_step(step, metrics)     logging step: the seam closes, a few kernels over all modules, one collective,
+                                one copy to pinned memory is started; metrics go to the sinks
+    begin_step(step + 1)        the copy has long arrived: the values go to the sinks, one call each
+
+Outside logging steps `begin_step` and `end_step` launch nothing, copy nothing and wait for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_fp8_recipes.telemetry.derive import derive
+from nemo_fp8_recipes.telemetry.exchange import Exchange, InFlight
+from nemo_fp8_recipes.telemetry.observer import Observer
+from nemo_fp8_recipes.telemetry.sinks.base import Sink
+from nemo_fp8_recipes.telemetry.sinks.guard import GuardedSink
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Recorder"]
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Logs amax, scale and history of every quantised tensor. Made by `attach`.
+
+    Every rank calls every method, with the same steps.
+
+    Args:
+        model: the model, or Megatron's list of virtual-pipeline chunks; None observes nothing.
+        exchange: combines the ranks' values.
+        sinks: where values and metrics go; none on ranks that do not write.
+        log_every: optimizer steps between two logging steps.
+        flush_every: logging steps between two flushes of the sinks.
+        history: whether to read delayed scaling's windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module] | None,
+        exchange: Exchange,
+        sinks: Sequence[Sink],
+        *,
+        log_every: int,
+        flush_every: int,
+        history: bool,
+    ) -> None:
+        self._observer = Observer(model, history=history) if model is not None else None
+        self._device = _device_of(model)
+        self._exchange = exchange
+        self._sinks = [GuardedSink(sink) for sink in sinks]
+        self._log_every = log_every
+        self._flush_every = flush_every
+        self._recording: int | None = None
+        self._in_flight: tuple[int, InFlight] | None = None
+        self._since_flush = 0
+        self._warned_empty = False
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Values that each sink that failed did not write."""
+        return {sink.name: sink.lost for sink in self._sinks if sink.error is not None}
+
+    def logs(self, step: int) -> bool:
+        """Whether `step`, counted from 1, is a logging step: the first one and every `log_every`th."""
+        return self._observer is not None and (step == 1 or step % self._log_every == 0)
+
+    def begin_step(self, step: int) -> None:
+        """Before the first forward pass of optimizer step `step`, counted from 1."""
+        self._deliver()
+        if self._observer is not None and self.logs(step):
+            self._recording = step
+            self._observer.begin()
+
+    def end_step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """After the optimizer step and before anything else runs the model.
+
+        Args:
+            step: the same as in `begin_step`.
+            metrics: training metrics of the step, host numbers.
+        """
+        if self._observer is not None and self._recording == step:
+            self._recording = None
+            reading = self._observer.end()
+            self._in_flight = (step, self._exchange.start(reading, self._device))
+        if metrics:
+            for sink in self._sinks:
+                sink.metrics(step, metrics)
+
+    def flush(self) -> None:
+        """Hand over what is on its way and make it readable by others."""
+        self._deliver()
+        self._since_flush = 0
+        for sink in self._sinks:
+            sink.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Training resumes after `step`: forget everything logged later. No gap and no duplicate follows."""
+        self._deliver()
+        for sink in self._sinks:
+            sink.truncate_after(step)
+
+    def close(self) -> None:
+        """Flush and release everything; Transformer Engine is left as it was. Safe after a failure of this
+        rank alone: nothing here waits for another one.
+        """
+        if self._observer is not None:
+            self._observer.abandon()
+        self._recording = None
+        self._deliver(collective=False)
+        for sink in self._sinks:
+            sink.flush()
+            sink.close()
+        self._sinks = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _deliver(self, *, collective: bool = True) -> None:
+        """Give the values of the last logging step to the sinks."""
+        if self._in_flight is None:
+            return
+        step, in_flight = self._in_flight
+        self._in_flight = None
+        found = in_flight.result(collective=collective)
+        if not self._sinks:
+            return
+        if not found and not self._warned_empty:
+            self._warned_empty = True
+            logger.warning(
+                "Telemetry saw no quantised tensor in step %d. Modules in high precision have none; what a "
+                "replayed CUDA graph quantises cannot be observed.",
+                step,
+            )
+        values = derive(step, found)
+        for sink in self._sinks:
+            sink.values(values)
+        self._since_flush += 1
+        if self._since_flush >= self._flush_every:
+            self._since_flush = 0
+            for sink in self._sinks:
+                sink.flush()
+
+
+def _device_of(model: Any) -> torch.device:
+    if model is None:
+        return torch.device("cpu")
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            return torch.device(parameter.device)
+    return torch.device("cpu")

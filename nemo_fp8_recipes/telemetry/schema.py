@@ -1,0 +1,55 @@
+"""The typed shape of the group `telemetry`. Imports no torch.
+
+`conf/telemetry/*.yaml` gives the values, this dataclass the types and the limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_fp8_recipes.errors import ConfigError, nearest
+
+__all__ = ["GROUPS", "SINKS", "TelemetryConfig"]
+
+SINKS = ("parquet", "tensorboard", "jsonl")
+
+
+@dataclass
+class TelemetryConfig:
+    """What is logged about the quantised tensors, how often, and where to."""
+
+    name: str = "default"
+    enabled: bool = True
+    """False: nothing is observed and no training metric goes to TensorBoard."""
+    log_every: int = 10
+    """Optimizer steps between two logging steps; step 1 is always one."""
+    sinks: list[str] = field(default_factory=lambda: ["parquet", "tensorboard"])
+    """Any of `SINKS`. The report reads parquet."""
+    history: bool = True
+    """Delayed scaling: store the amax history window as well as amax and scale."""
+    flush_every: int = 10
+    """Logging steps held in memory before they are written; a killed job loses at most these."""
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "flush_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(
+                    f"telemetry.{key}={getattr(self, key)} is out of range.",
+                    key=f"telemetry.{key}",
+                    value=getattr(self, key),
+                    allowed=[">= 1"],
+                )
+        for sink in self.sinks:
+            if sink not in SINKS:
+                close = nearest(sink, SINKS)
+                raise ConfigError(
+                    f"telemetry.sinks has no sink '{sink}'.",
+                    key="telemetry.sinks",
+                    value=sink,
+                    allowed=SINKS,
+                    hint=f"Did you mean '{close}'?" if close else None,
+                )
+
+
+GROUPS: dict[str, type[Any]] = {"telemetry": TelemetryConfig}

@@ -1,0 +1,115 @@
+"""Where telemetry looks into Transformer Engine: the functions of its binding that quantise.
+
+Every quantised tensor comes out of a function of the binding module `transformer_engine_torch` that was
+handed the quantizer of the operand it makes: `quantize`, the norms fused with quantisation (`layernorm_fwd`,
+`rmsnorm_fwd`), the bias gradient fused with it (`bgrad_quantize`), activations, `split_quantize` for experts.
+Wrapping these sees each operand once, under the identity of its own quantizer, also where no Python method of
+the quantizer is called. The alternatives fall short: methods of the quantizer instance are bypassed by the
+fused functions; subclasses of it are refused by C++, which checks the exact type; operands at the GEMM do not
+know their module, because a quantised tensor keeps a copy of its quantizer; module hooks do not see the
+operand.
+
+The wrappers are in place between `open` and `close` only, which is a logging step. Outside it nothing of ours
+runs and every module attribute is the original again.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["QUANTISING", "BindingSeam"]
+
+_ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
+QUANTISING = (
+    "quantize",
+    "bgrad_quantize",
+    "split_quantize",
+    "multi_tensor_quantize",
+    "layernorm_fwd",
+    "rmsnorm_fwd",
+    "glu",
+    "dglu",
+    "clamped_swiglu",
+    "clamped_dswiglu",
+    *_ACTIVATIONS,
+    *(f"d{name}" for name in _ACTIVATIONS),
+    *(f"dbias_d{name}" for name in ("gelu", "silu", "relu", "qgelu", "srelu")),
+)
+"""Functions of the binding that take a quantizer and return what it made."""
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class BindingSeam:
+    """Puts wrappers around functions of Transformer Engine while open.
+
+    Args:
+        wrappers: function name in the binding -> what to put around it.
+        python: function name in `transformer_engine.pytorch.quantization` -> what to put around it.
+    """
+
+    def __init__(self, wrappers: Mapping[str, Wrapper], python: Mapping[str, Wrapper]) -> None:
+        self._wrappers = dict(wrappers)
+        self._python = dict(python)
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._open = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def open(self) -> None:
+        """Put the wrappers in place, wherever Transformer Engine bound one of the functions to a name."""
+        if self._open:
+            return
+        self._open = True
+        import transformer_engine.pytorch.quantization as quantization
+        import transformer_engine_torch as binding
+
+        replacements = {}
+        for name, wrapper in self._wrappers.items():
+            original = vars(binding).get(name)
+            if original is not None:
+                replacements[id(original)] = (original, self._guarded(original, wrapper))
+        # `from transformer_engine_torch import *` in cpp_extensions, and the like, made names of their own.
+        for module_name, module in list(sys.modules.items()):
+            if module is None or not module_name.startswith("transformer_engine"):
+                continue
+            for attribute, value in list(vars(module).items()):
+                found = replacements.get(id(value))
+                if found is not None and found[0] is value:
+                    self._set(module, attribute, found[1])
+        for name, wrapper in self._python.items():
+            original = vars(quantization).get(name)
+            if original is not None:
+                self._set(quantization, name, self._guarded(original, wrapper))
+
+    def close(self) -> None:
+        """Put every original back."""
+        self._open = False
+        while self._undo:
+            module, attribute, value = self._undo.pop()
+            setattr(module, attribute, value)
+
+    def _set(self, module: Any, attribute: str, value: Any) -> None:
+        self._undo.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
+    def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
+        """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
+        graph is captured: what is launched then would be replayed with the graph.
+        """
+        wrapped = wrapper(original)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._open or torch.cuda.is_current_stream_capturing():
+                return original(*args, **kwargs)
+            return wrapped(*args, **kwargs)
+
+        return call

@@ -1,0 +1,103 @@
+"""What is logged: the statistics, the series they form over the steps, and the values of one step.
+
+A series is one statistic of one operand of one GEMM, `fp8/<module>/<tensor>/<stat>`. What each statistic
+means under each recipe is the schema in docs/schemas/telemetry.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["FP8_MAX", "STATS", "TENSORS", "Series", "Stat", "StepValues"]
+
+TENSORS = ("input", "weight", "grad_output")
+
+FP8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
+"""Largest finite magnitude of an FP8 format: what an amax is mapped to."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One statistic.
+
+    Attributes:
+        name: last part of the series' name.
+        recipes: canonical names of the recipes that have it.
+        meaning: one line for tables and help.
+        windowed: the value is a window (a list), not a number.
+    """
+
+    name: str
+    recipes: tuple[str, ...]
+    meaning: str
+    windowed: bool = False
+
+
+STATS = {
+    stat.name: stat
+    for stat in (
+        Stat("amax", ("delayed", "tensorwise"), "largest magnitude of the tensor in this step"),
+        Stat(
+            "amax_bound",
+            ("blockwise", "mxfp8"),
+            "upper bound of the largest magnitude, from the block scales",
+        ),
+        Stat("amax_history", ("delayed",), "window of amax values behind the next scale", windowed=True),
+        Stat("scale", ("delayed", "tensorwise"), "factor the tensor was multiplied with before the cast"),
+        Stat("scale_next", ("delayed",), "factor of the next cast, after the update"),
+        Stat("scale_inv", ("tensorwise",), "inverse scale stored with the FP8 tensor"),
+        Stat("scale_inv_min", ("blockwise", "mxfp8"), "smallest inverse block scale"),
+        Stat("scale_inv_max", ("blockwise", "mxfp8"), "largest inverse block scale"),
+        Stat("scale_inv_mean", ("blockwise", "mxfp8"), "mean inverse block scale"),
+        Stat("blocks", ("blockwise", "mxfp8"), "blocks of one quantised tensor on one rank"),
+    )
+}
+
+
+@dataclass(frozen=True, order=True)
+class Series:
+    """One statistic of one operand over the steps.
+
+    Attributes:
+        module: module path in the whole model, "decoder.layers.0.mlp.linear_fc1".
+        tensor: "input", "weight" or "grad_output".
+        stat: a key of `STATS`.
+        recipe: canonical name of the recipe that quantised the tensor.
+        format: element format, "e4m3" or "e5m2".
+    """
+
+    module: str
+    tensor: str
+    stat: str
+    recipe: str
+    format: str
+
+    @property
+    def tag(self) -> str:
+        """The name in TensorBoard and other sinks."""
+        return f"fp8/{self.module}/{self.tensor}/{self.stat}"
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """All values of one logging step, reduced over micro-batches and ranks.
+
+    Attributes:
+        step: completed optimizer steps, counted from 1.
+        series: the series that have a number in this step.
+        values: fp32 (len(series),), in the order of `series`; NaN and Inf are kept.
+        windows: fp32 (window length,) of each windowed series, oldest entry first.
+    """
+
+    step: int
+    series: tuple[Series, ...]
+    values: np.ndarray
+    windows: Mapping[Series, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.series) + len(self.windows)

@@ -10,9 +10,10 @@ from nemo_fp8_recipes.injection.plain_te import autocast
 from nemo_fp8_recipes.injection.read_back import manifest
 from nemo_fp8_recipes.injection.rows import Difference, Manifest, ManifestRow, OperandRow
 from nemo_fp8_recipes.injection.state import frozen_delayed_modules, reset_quantization_state
-from nemo_fp8_recipes.injection.verify import complaints, require_quantized
+from nemo_fp8_recipes.injection.verify import Complaint, complaints, require_quantized
 
 __all__ = [
+    "Complaint",
     "Difference",
     "Injection",
     "Manifest",

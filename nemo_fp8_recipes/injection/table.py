@@ -19,26 +19,28 @@ def render(manifest: Manifest) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    total, quantized = len(manifest.rows), len(manifest.quantized())
-    device = ", ".join(sorted({row.device for row in manifest.rows}))
+    quantized = manifest.quantized()
+    recipes = sorted({row.recipe for row in quantized})
+    device = ", ".join(sorted({row.device for row in manifest.rows})) or "no device"
+    by = f" by {recipes[0]}" if len(recipes) == 1 else ""
     table = Table(
-        title=f"{quantized} of {total} modules quantised, read back on {device or 'no device'}",
+        title=f"{len(quantized)} of {len(manifest.rows)} modules quantised{by}, read back on {device}",
         title_justify="left",
         pad_edge=False,
         box=None,
     )
-    for name in ("Layers", "Module", "Recipe", "Input", "Weight", "Gradient"):
-        table.add_column(name, overflow="fold", no_wrap=name == "Layers")
+    # One recipe everywhere is named in the title: the column would cost a line of its width in every row.
+    columns = ["Layers", "Module", *(["Recipe"] if len(recipes) > 1 else []), "Input", "Weight", "Gradient"]
+    for column in columns:
+        table.add_column(column, overflow="fold")
     reasons: dict[str, int] = {}
     for layers, name, row in _groups(manifest):
         if row.quantized:
-            operands = [
-                str(operand) if operand else "" for operand in (row.input, row.weight, row.grad_output)
-            ]
-            table.add_row(layers, name, row.recipe, *operands)
+            operands = [str(operand or "") for operand in (row.input, row.weight, row.grad_output)]
+            table.add_row(layers, name, *([row.recipe] if len(recipes) > 1 else []), *operands)
         else:
             note = reasons.setdefault(row.reason or "", len(reasons) + 1)
-            table.add_row(layers, name, f"{row.recipe} [{note}]".replace("[", "\\["), style="dim")
+            table.add_row(layers, name, Text(f"bf16 [{note}]"), style="dim")
     notes = [Text(f"[{number}] {reason}", style="dim") for reason, number in reasons.items()]
     return Group(table, *notes)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_fp8_recipes.errors import InjectionError
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
     from nemo_fp8_recipes.recipes.options import TensorName
 
-__all__ = ["complaints", "require_quantized"]
+__all__ = ["Complaint", "complaints", "require_quantized"]
 
 _SHOWN = 5
 
@@ -24,9 +26,22 @@ _EXPECTED_IN_HIGH_PRECISION = {"output_layer", "router", "attention", "per_modul
 """Reasons that agree with every recipe; "bf16_layer" agrees with a recipe that asks for such layers."""
 
 
-def complaints(manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
-    """Every way in which the model does not do what the recipe says, one sentence each, in model order."""
-    return tuple(complaint for row in manifest.rows for complaint in _row_complaints(row, recipe))
+@dataclass(frozen=True)
+class Complaint:
+    """One way in which one module does not do what the recipe says: "`module` `text`" is a sentence."""
+
+    module: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.module} {self.text}"
+
+
+def complaints(manifest: Manifest, recipe: Recipe) -> tuple[Complaint, ...]:
+    """Every way in which the model does not do what the recipe says, in the order of the model."""
+    return tuple(
+        Complaint(row.module, text) for row in manifest.rows for text in _row_complaints(row, recipe)
+    )
 
 
 def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
@@ -46,9 +61,8 @@ def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
         )
     found = complaints(manifest, recipe)
     if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InjectionError(
-            f"The model does not do what fp8_recipe={recipe.name} says: {'; '.join(found[:_SHOWN])}{more}.",
+            f"The model does not do what fp8_recipe={recipe.name} says: {_summary(found)}.",
             key="fp8_recipe",
             value=recipe.name,
             hint="Print the manifest to see every module.",
@@ -57,16 +71,16 @@ def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
 
 def _row_complaints(row: ManifestRow, recipe: Recipe) -> list[str]:
     if recipe.precision == "bf16":
-        return [f"{row.module} is quantised by {row.recipe}"] if row.quantized else []
+        return [f"is quantised by {row.recipe}"] if row.quantized else []
     if not row.quantized:
-        return [] if _may_stay(row, recipe) else [f"{row.module} is in high precision: {row.reason}"]
+        return [] if _may_stay(row, recipe) else [f"is in high precision: {row.reason}"]
     if row.input is None:
         # Attention: its tensors are not the operands of a linear layer, and fp8_dpa may add a second recipe.
         return []
     if row.recipe != recipe.name:
-        return [f"{row.module} is quantised by {row.recipe}"]
+        return [f"is quantised by {row.recipe}"]
     return [
-        f"{row.module}: {tensor} {difference}"
+        f"{tensor} {difference}"
         for tensor, operand in row.operands()
         for difference in _differences(operand, tensor, recipe)
     ]
@@ -79,7 +93,7 @@ def _may_stay(row: ManifestRow, recipe: Recipe) -> bool:
 
 
 def _differences(operand: OperandRow, tensor: TensorName, recipe: Recipe) -> list[str]:
-    """Each property of an operand that is not as planned, as "has format e5m2, the recipe says e4m3"."""
+    """Each property of an operand that is not as planned, as "has format=e5m2, the recipe says e4m3"."""
     plan = recipe.operands().get(tensor)
     if plan is None:
         return ["is quantised, the recipe leaves it in high precision"] if operand.quantized else []
@@ -87,28 +101,41 @@ def _differences(operand: OperandRow, tensor: TensorName, recipe: Recipe) -> lis
         ("format", operand.format, plan.format),
         ("scaling", operand.scaling, plan.scaling),
         ("block", operand.block, plan.block),
-        ("scale dtype", operand.scale_dtype, plan.scale_dtype),
-        ("power-of-two scales", operand.power_of_two, plan.power_of_two),
+        ("scale_dtype", operand.scale_dtype, plan.scale_dtype),
+        ("power_of_two", operand.power_of_two, plan.power_of_two),
     ]
     if isinstance(recipe, Tensorwise | Blockwise):
         epsilon = recipe.quantization()[tensor].amax_epsilon
-        checks.append(("amax epsilon", operand.amax_epsilon, epsilon))
+        checks.append(("amax_epsilon", operand.amax_epsilon, epsilon))
     if isinstance(recipe, Delayed):
-        checks.append(("amax history length", operand.amax_history_len, recipe.amax_history_len))
+        checks.append(("amax_history_len", operand.amax_history_len, recipe.amax_history_len))
     if isinstance(recipe, Nvfp4):
         checks += [
             (
-                "Hadamard transform",
+                "random_hadamard_transform",
                 operand.random_hadamard_transform,
                 tensor != "weight" and not recipe.disable_rht,
             ),
             (
-                "stochastic rounding",
+                "stochastic_rounding",
                 operand.stochastic_rounding,
                 tensor == "grad_output" and not recipe.disable_stochastic_rounding,
             ),
         ]
-    return [f"has {name} {found}, the recipe says {asked}" for name, found, asked in checks if found != asked]
+    return [f"has {name}={found}, the recipe says {asked}" for name, found, asked in checks if found != asked]
+
+
+def _summary(found: Sequence[Complaint]) -> str:
+    """Equal complaints once, with the first module they concern: "X input has ... (and 11 more modules)"."""
+    modules: dict[str, list[str]] = {}
+    for complaint in found:
+        modules.setdefault(complaint.text, []).append(complaint.module)
+    lines = [
+        f"{where[0]} {text}" + (f" (and {len(where) - 1} more)" if len(where) > 1 else "")
+        for text, where in modules.items()
+    ]
+    more = f"; and {len(lines) - _SHOWN} other complaints" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 def _census(manifest: Manifest) -> str:

@@ -13,21 +13,18 @@ import torch
 import torch.distributed as dist
 
 from nemo_fp8_recipes.errors import ConfigError, Fp8Error
+from nemo_fp8_recipes.training.errors import ReportedElsewhereError
 
 __all__ = [
     "ParallelSizes",
-    "ReportedElsewhereError",
     "agree",
     "process_group",
     "same_everywhere",
     "seed_everything",
+    "together",
 ]
 
 Result = TypeVar("Result")
-
-
-class ReportedElsewhereError(Fp8Error):
-    """An error of rank 0 that ends this rank too; only rank 0 prints it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +119,31 @@ def agree(action: Callable[[], Result]) -> Result:
     return cast("Result", result)
 
 
+def together(action: Callable[[], Result]) -> Result:
+    """Run `action`, which must not communicate, on every rank; when it fails on one, all stop.
+
+    Raises:
+        Fp8Error: what `action` raised, on the first rank on which it did.
+        ReportedElsewhereError: on the other ranks then.
+    """
+    if dist.get_world_size() == 1:
+        return action()
+    result: Result | None = None
+    failure: Fp8Error | None = None
+    try:
+        result = action()
+    except Fp8Error as error:
+        failure = error
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, str(failure) if failure is not None else None)
+    speaker = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if speaker is None:
+        return cast("Result", result)
+    if failure is not None and speaker == dist.get_rank():
+        raise failure
+    raise ReportedElsewhereError(messages[speaker])
+
+
 def same_everywhere(what: Mapping[str, Any]) -> None:
     """Check that all ranks hold equal values (data fingerprints, versions). Raises `Fp8Error` naming the
     first that differs."""
@@ -129,7 +151,13 @@ def same_everywhere(what: Mapping[str, Any]) -> None:
         return
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(what))
-    for key in what:
-        values = {str(row[key]) for row in gathered}
-        if len(values) > 1:
-            raise Fp8Error(f"The ranks of this job differ in {key}: {', '.join(sorted(values))}.", key=key)
+
+    def compare() -> None:
+        for key in what:
+            values = {str(row[key]) for row in gathered}
+            if len(values) > 1:
+                raise Fp8Error(
+                    f"The processes of this job differ in {key}: {', '.join(sorted(values))}.", key=key
+                )
+
+    agree(compare)

@@ -23,6 +23,7 @@ from nemo_fp8_recipes.training.distributed import (
     process_group,
     same_everywhere,
     seed_everything,
+    together,
 )
 from nemo_fp8_recipes.training.files import atomic_write_json
 from nemo_fp8_recipes.training.forward import Forward
@@ -120,7 +121,11 @@ class _Session:
 
     def _dataset(self) -> Dataset:
         model = self.settings.model
-        dataset = build_dataset(self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size)
+        dataset = together(
+            lambda: build_dataset(
+                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size
+            )
+        )
         same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})
         return dataset
 
@@ -273,7 +278,9 @@ class _Session:
             directory=path,
             log_every=settings.log_every,
             sinks=settings.sinks,
-            is_writer=self.is_first_rank,
+            history=settings.history,
+            flush_every=settings.flush_every,
+            device=self.invocation.device_label,
         )
 
 

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from nemo_fp8_recipes import recipes
+from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.telemetry import schema as telemetry_schema
+from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
 from nemo_fp8_recipes.training.schema import (
     GROUPS,
     MockConfig,
@@ -36,6 +37,7 @@ class Settings:
     optimizer: OptimizerConfig
     training: TrainingConfig
     parallel: dict[str, Any]
+    telemetry: TelemetryConfig
     device: str
     hardware: dict[str, Any]
     run_dir: str | None
@@ -46,7 +48,7 @@ class Settings:
             "model": asdict(self.model),
             "fp8_recipe": self.recipe.to_dict(),
             "optimizer": asdict(self.optimizer),
-            "parallel": self.parallel,
+            "parallel": {key: self.parallel[key] for key in ("tp", "pp", "cp", "sequence")},
             "training": {
                 key: getattr(self.training, key) for key in ("global_batch_size", "micro_batch_size", "seed")
             },
@@ -74,6 +76,7 @@ def read_settings(config: DictConfig) -> Settings:
         optimizer=_typed("optimizer", config.optimizer),
         training=_typed("training", config.training),
         parallel=_plain(config.parallel),
+        telemetry=_typed("telemetry", config.telemetry),
         device=str(config.device),
         hardware=_plain(config.hardware),
         run_dir=config.run_dir,
@@ -87,18 +90,13 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 def _typed(group: str, node: DictConfig) -> Any:
-    schema = GROUPS[group]
+    schema = {**GROUPS, **telemetry_schema.GROUPS}[group]
+    values = _plain(node)
     if isinstance(schema, dict):
-        name = node.get("name")
+        name = values.get("name")
         if name not in schema:
             raise ConfigError(
                 f"{group}.name={name} is not available.", key=f"{group}.name", value=name, allowed=schema
             )
         schema = schema[name]
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        key = f"{group}.{error.full_key}" if error.full_key else group
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key=key) from error
+    return typed.read(schema, values, key=group, error=ConfigError)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
-from nemo_fp8_recipes.errors import Fp8Error
 from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position
 from nemo_fp8_recipes.training.display import ProgressLine
+from nemo_fp8_recipes.training.errors import DivergedError
 from nemo_fp8_recipes.training.forward import Forward, reduce_loss
 from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
 from nemo_fp8_recipes.training.schema import TrainingConfig
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-__all__ = ["DivergedError", "Outcome", "Step", "Trainer"]
-
-
-class DivergedError(Fp8Error):
-    """The loss is no longer a number: the run cannot recover."""
+__all__ = ["Outcome", "Step", "Trainer"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""`nemo-fp8 train`: the reference Megatron-Core pre-training job."""
+
+from __future__ import annotations
+
+import os
+
+from nemo_fp8_recipes import config
+from nemo_fp8_recipes.errors import (
+    ConfigError,
+    EmulationError,
+    Fp8Error,
+    InjectionError,
+    PreflightError,
+    RecipeError,
+)
+from nemo_fp8_recipes.training.errors import DivergedError, ReportedElsewhereError
+from nemo_fp8_recipes.training.job import run_job
+
+__all__ = ["HELP", "run"]
+
+HELP = """
+usage: nemo-fp8 train [group=choice] [group.key=value] ...
+
+Pre-train a GPT model with Megatron-Core and Transformer Engine, quantised by the recipe. With no GPU and no
+torchrun the device is emulated; anywhere else ask for that with device=emulated.
+
+groups:
+  fp8_recipe=bf16|delayed|tensorwise|mxfp8|blockwise|nvfp4   fp8_recipe.<option>=… sets one of its options
+  model=nemotron_tiny|nemotron3_4b|nemotron3_8b              model.num_layers, model.hidden_size, …
+  data=stdlib_text|mock                                      data.path, data.seed, …
+  training.steps=300                                         micro_batch_size, global_batch_size, seed, …
+  optimizer.lr=2e-3                                          clip_grad, distributed_optimizer, …
+  parallel.tp=1 parallel.pp=1 parallel.cp=1                  parallel.sequence=true
+  hardware=auto|h100|b200|…                                  the GPU the job is for
+  device=auto|native|emulated                                where it runs
+  run_dir=PATH                                               default: runs/<recipe>-<time>
+  training.resume=auto|RUN_DIR                               go on from its newest checkpoint
+
+examples:
+  nemo-fp8 train fp8_recipe=mxfp8
+  nemo-fp8 train fp8_recipe=delayed fp8_recipe.amax_history_len=16 model.num_layers=2 training.steps=50
+  torchrun --nproc-per-node 8 -m nemo_fp8_recipes train fp8_recipe=blockwise model=nemotron3_8b parallel.tp=2
+
+Ctrl-C or SIGTERM ends the step, saves a checkpoint when training.save_every is set, and exits 130 or 143.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Compose the configuration from `arguments` and run the job."""
+    command = ["nemo-fp8", "train", *arguments]
+    try:
+        return run_job(config.compose(arguments), command=command, overrides=arguments)
+    except Fp8Error as error:
+        if _reported_by_another_rank(error):
+            return error.exit_code
+        raise
+
+
+def _reported_by_another_rank(error: Fp8Error) -> bool:
+    """True where printing would repeat what another process of this job prints.
+
+    Configuration and recipe fail alike on all of them; what can fail on one alone is shared by
+    `ReportedElsewhereError`.
+    """
+    if isinstance(error, (ConfigError, RecipeError, PreflightError, EmulationError)):
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    if isinstance(error, (InjectionError, DivergedError)):
+        return os.environ.get("RANK", "0") != "0"
+    return isinstance(error, ReportedElsewhereError)

@@ -1,0 +1,49 @@
+"""The job `nemo-fp8 train` runs, in the order that lets each thing fail as early as it can.
+
+configuration -> preflight -> device (emulated or native) -> processes -> data -> run directory -> model ->
+resume -> steps -> held-out loss -> report. Nothing heavier than OmegaConf is imported before the device is
+chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_fp8_recipes import emulation, preflight
+from nemo_fp8_recipes.training.settings import read_settings
+from nemo_fp8_recipes.training.versions import installed_versions
+
+__all__ = ["run_job"]
+
+
+def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[str]) -> int:
+    """Run the job `config` describes; returns the exit status: 0, or 128 + the signal that stopped it.
+
+    Args:
+        config: what `config.compose` returned.
+        command: the command line as typed, for the record in `run.json`.
+        overrides: the configuration overrides in it.
+
+    Raises:
+        Fp8Error: whatever the user can put right; its subclass says what kind of thing it is.
+    """
+    settings = read_settings(config)
+    findings = preflight.check_job(config)
+    preflight.require(findings)
+    device = emulation.switch(settings.device, settings.hardware, os.environ)
+
+    # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.
+    from nemo_fp8_recipes.training.session import Invocation, run_session
+
+    invocation = Invocation(
+        command=command,
+        overrides=overrides,
+        config_yaml=OmegaConf.to_yaml(config, resolve=True),
+        versions=installed_versions(),
+        device_label=device.label,
+        emulated=device is not None,
+    )
+    return run_session(settings, invocation)

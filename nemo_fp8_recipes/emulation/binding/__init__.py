@@ -1,0 +1,106 @@
+"""The stand-in for Transformer Engine's compiled module `transformer_engine_torch`.
+
+TE's Python modules run unchanged on top of it, on CPU tensors. Every kernel family is one file that names the
+TE source it follows; the quantisers themselves are in `nemo_fp8_recipes.numerics`.
+
+    surface.py        every name of the real module, emulated or not
+    enums.py          its enums
+    quantize.py       quantise, dequantise, bias gradient
+    per_tensor.py     storage of delayed and tensorwise scaling
+    mxfp8.py          storage of MXFP8
+    blockwise.py      storage of block scaling
+    operands.py       what a GEMM reads
+    gemm.py           matrix multiplication
+    …                 activation, normalization, softmax, amax_update, partial_cast, multi_tensor, transpose,
+    …
+
+What is emulated follows TE's arithmetic; codes and scales are meant to be equal bit for bit. What is not
+emulated raises NotImplementedError with its own name; what the real module does not have raises
+AttributeError.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import types
+from collections.abc import Callable
+from typing import Any
+
+from nemo_fp8_recipes.emulation.binding import surface
+from nemo_fp8_recipes.emulation.binding.checks import MODULE, not_emulated
+from nemo_fp8_recipes.emulation.binding.device import PosingDevice, pose_as
+from nemo_fp8_recipes.emulation.binding.enums import ENUMS
+from nemo_fp8_recipes.errors import EmulationError
+
+__all__ = ["MODULE", "PosingDevice", "build"]
+
+
+def build(te_version: str, device: PosingDevice) -> types.ModuleType:
+    """Make the module to be put into `sys.modules["transformer_engine_torch"]` before TE is imported.
+
+    Args:
+        te_version: version of the installed `transformer_engine`.
+        device: the GPU to pose as; its compute capability decides layouts and what is refused.
+
+    Raises:
+        EmulationError: a Transformer Engine release whose binding this is not.
+    """
+    if ".".join(te_version.split(".")[:2]) != surface.SUPPORTED_TE:
+        raise EmulationError(
+            f"Transformer Engine {te_version} cannot be emulated.",
+            key="transformer_engine",
+            value=te_version,
+            allowed=[f"{surface.SUPPORTED_TE}.*"],
+            hint=f'Install it with: pip install "transformer-engine=={surface.SUPPORTED_TE}.*"',
+        )
+    pose_as(device)
+    module = types.ModuleType(MODULE, "Emulated on CPU tensors by nemo_fp8_recipes.")
+    module.__spec__ = importlib.machinery.ModuleSpec(MODULE, None)
+    contents: dict[str, Any] = dict(ENUMS)
+    for name, family in surface.EMULATED.items():
+        contents[name] = _emulated(name, family)
+    for name in surface.NOT_EMULATED:
+        contents[name] = _refusing_function(name)
+    for name, bases in surface.CLASSES.items():
+        contents[name] = _refusing_class(name, tuple(contents[base] for base in bases))
+    contents["FP8TensorMeta"] = FP8TensorMeta
+    for name, functions in surface.NOT_EMULATED_SUBMODULES.items():
+        submodule = types.ModuleType(f"{MODULE}.{name}")
+        for function in functions:
+            setattr(submodule, function, _refusing_function(f"{name}.{function}"))
+        contents[name] = submodule
+    for name, value in contents.items():
+        setattr(module, name, value)
+    return module
+
+
+class FP8TensorMeta:
+    """Scales and amax history of TE's older interface; a plain record in C++ too."""
+
+    scale: Any = None
+    scale_inv: Any = None
+    amax_history: Any = None
+
+
+def _emulated(name: str, family: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"{__name__}.{family}")
+    generated: dict[str, Callable[..., Any]] = getattr(module, "GENERATED", {})
+    function: Callable[..., Any] = generated[name] if name in generated else getattr(module, name)
+    return function
+
+
+def _refusing_function(name: str) -> Callable[..., Any]:
+    def refuse(*_args: object, **_kwargs: object) -> Any:
+        not_emulated(name)
+
+    refuse.__name__ = refuse.__qualname__ = name
+    refuse.__module__ = MODULE
+    return refuse
+
+
+def _refusing_class(name: str, bases: tuple[type, ...]) -> type:
+    def refuse(_self: object, *_args: object, **_kwargs: object) -> None:
+        not_emulated(name)
+
+    return type(name, bases, {"__init__": refuse, "__module__": MODULE})

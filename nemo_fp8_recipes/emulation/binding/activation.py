@@ -1,0 +1,181 @@
+"""Activations, their gated variants and their gradients, with quantised output.
+
+Follows `pytorch/csrc/extensions/activation.cpp`, `extensions/bias.cpp` (`dbias_*`), `common/util/math.h` and
+`common/activation/*` of Transformer Engine. Everything is computed in fp32. What is cast: delayed scaling
+casts the fp32 result; every other format first rounds it to the input's dtype. Gated variants split the last
+dimension: act(first half) * second half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
+
+__all__ = ["GENERATED", "clamped_dswiglu", "clamped_swiglu", "gelu_backward", "gelu_forward"]
+
+Unary = Callable[[Tensor], Tensor]
+
+_SQRT_2_OVER_PI = 0.79788456
+_GELU_CUBIC = 0.03567741
+
+
+def gelu_forward(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation; fp32."""
+    return x * (0.5 + 0.5 * torch.tanh(x * (_SQRT_2_OVER_PI + _GELU_CUBIC * x * x)))
+
+
+def gelu_backward(x: Tensor) -> Tensor:
+    """Derivative of `gelu_forward`; fp32."""
+    tanh = torch.tanh(_SQRT_2_OVER_PI * x * (1.0 + 0.044715 * x * x))
+    return 0.5 * x * ((1.0 - tanh * tanh) * (_SQRT_2_OVER_PI + 0.1070322243 * x * x)) + 0.5 * (1.0 + tanh)
+
+
+def _sigmoid_backward(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1.0 - s)
+
+
+def _scaled_silu(alpha: float) -> tuple[Unary, Unary]:
+    """x * sigmoid(alpha * x) and its derivative: SiLU for 1, quick GELU for 1.702."""
+    return (
+        lambda x: x * torch.sigmoid(alpha * x),
+        lambda x: alpha * x * _sigmoid_backward(alpha * x) + torch.sigmoid(alpha * x),
+    )
+
+
+def _relu(x: Tensor) -> Tensor:
+    """max(x, 0) as CUDA's fmaxf has it: 0 for NaN."""
+    return torch.fmax(x, x.new_zeros(()))
+
+
+_FUNCTIONS: dict[str, tuple[Unary, Unary]] = {
+    "gelu": (gelu_forward, gelu_backward),
+    "qgelu": _scaled_silu(1.702),
+    "silu": _scaled_silu(1.0),
+    "relu": (_relu, lambda x: (x > 0.0).to(torch.float32)),
+    "srelu": (lambda x: _relu(x).square(), lambda x: _relu(2.0 * x)),
+    "sigmoid": (torch.sigmoid, _sigmoid_backward),
+}
+"""Activation -> (function, derivative)."""
+
+_GATED: dict[str, str] = {
+    "geglu": "gelu",
+    "qgeglu": "qgelu",
+    "swiglu": "silu",
+    "reglu": "relu",
+    "sreglu": "srelu",
+    "glu": "sigmoid",
+}
+"""Gated variant -> activation of its first half."""
+
+
+def _emit(result: Tensor, dtype: torch.dtype, quantizer: Any, caller: str) -> Any:
+    """Output of an activation kernel: fp32 result -> tensor of `dtype`, quantised where asked for."""
+    if quantizer is None:
+        return result.to(dtype)
+    source = result if is_delayed(quantizer) else result.to(dtype)
+    return quantize_as(source, quantizer, dtype, caller=caller)
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32)
+
+
+def _forward(name: str, function: Unary) -> Callable[..., Any]:
+    def activation(input: Tensor, quantizer: Any) -> Any:
+        return _emit(function(_fp32(input)), input.dtype, quantizer, name)
+
+    return activation
+
+
+def _backward(name: str, derivative: Unary) -> Callable[..., Any]:
+    def activation_grad(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> Any:
+        x = _fp32(fwd_input)
+        result = derivative(x).mul_(_fp32(grad).view(x.shape))
+        return _emit(result, grad.dtype, quantizer, name)
+
+    return activation_grad
+
+
+def _gated_forward(name: str, function: Unary) -> Callable[..., Any]:
+    def activation(input: Tensor, quantizer: Any) -> Any:
+        gate, value = _fp32(input).chunk(2, dim=-1)
+        return _emit(function(gate) * value, input.dtype, quantizer, name)
+
+    return activation
+
+
+def _gated_backward(name: str, function: Unary, derivative: Unary) -> Callable[..., Any]:
+    def activation_grad(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> Any:
+        gate, value = _fp32(fwd_input).chunk(2, dim=-1)
+        upstream = _fp32(grad).view(gate.shape)
+        result = torch.cat((derivative(gate) * upstream * value, function(gate) * upstream), dim=-1)
+        return _emit(result, grad.dtype, quantizer, name)
+
+    return activation_grad
+
+
+def _dbias_backward(name: str, derivative: Unary) -> Callable[..., Any]:
+    def activation_grad_and_bias_grad(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> list[Any]:
+        x = _fp32(fwd_input)
+        result = derivative(x).mul_(_fp32(grad).view(x.shape))
+        bias_grad = result.reshape(-1, result.shape[-1]).sum(dim=0).to(grad.dtype)
+        return [bias_grad, _emit(result, grad.dtype, quantizer, name)]
+
+    return activation_grad_and_bias_grad
+
+
+def clamped_swiglu(
+    input: Tensor,
+    quantizer: Any,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    glu_linear_offset: float = 1.0,
+) -> Any:
+    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted."""
+    gate, value = _fp32(input).chunk(2, dim=-1)
+    function, _ = _scaled_silu(alpha)
+    result = function(gate.clamp_max(limit)) * (value.clamp(-limit, limit) + glu_linear_offset)
+    return _emit(result, input.dtype, quantizer, "clamped_swiglu")
+
+
+def clamped_dswiglu(
+    grad: Tensor,
+    fwd_input: Tensor,
+    quantizer: Any,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    glu_linear_offset: float = 1.0,
+) -> Any:
+    """Gradient of `clamped_swiglu`; zero where a half was clamped."""
+    gate, value = _fp32(fwd_input).chunk(2, dim=-1)
+    upstream = _fp32(grad).view(gate.shape)
+    function, derivative = _scaled_silu(alpha)
+    clamped = gate.clamp_max(limit)
+    shifted = value.clamp(-limit, limit) + glu_linear_offset
+    d_gate = torch.where(gate <= limit, derivative(clamped), 0.0) * upstream * shifted
+    d_value = torch.where(value.abs() <= limit, function(clamped), 0.0) * upstream
+    return _emit(torch.cat((d_gate, d_value), dim=-1), grad.dtype, quantizer, "clamped_dswiglu")
+
+
+def _binding_functions() -> dict[str, Callable[..., Any]]:
+    made: dict[str, Callable[..., Any]] = {}
+    for name in ("gelu", "qgelu", "silu", "relu", "srelu"):
+        function, derivative = _FUNCTIONS[name]
+        made[name] = _forward(name, function)
+        made[f"d{name}"] = _backward(f"d{name}", derivative)
+        made[f"dbias_d{name}"] = _dbias_backward(f"dbias_d{name}", derivative)
+    for name, activation in _GATED.items():
+        function, derivative = _FUNCTIONS[activation]
+        made[name] = _gated_forward(name, function)
+        made[f"d{name}"] = _gated_backward(f"d{name}", function, derivative)
+    return made
+
+
+GENERATED = _binding_functions()
+"""The binding functions that differ in their activation only, by name."""

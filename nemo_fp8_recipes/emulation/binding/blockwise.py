@@ -1,0 +1,149 @@
+"""FP8 block scaling: 1x128 and 128x128 blocks with fp32 scales, in the layouts that the Hopper GEMM reads.
+
+Follows `Float8BlockQuantizer` in `pytorch/csrc/quantizer.cpp` and
+`common/transpose/quantize_transpose_{vector,square}_ blockwise.cu`. For an [M, K] matrix:
+
+    _rowwise_data          [.., K], shape of the tensor
+    _columnwise_data       [K, ..], transposed: the last dimension in front
+    _rowwise_scale_inv     1D: [ceil(K/128), M rounded up to 4]; 2D: [ceil(M/128), ceil(K/128) rounded up to
+    4] _columnwise_scale_inv  1D: [ceil(M/128), K rounded up to 4]; 2D: [ceil(K/128), ceil(M/128) rounded up
+    to 4]
+
+1D columnwise data is quantised again from high precision, 2D is the same codes transposed. Padding is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.device import sm_arch
+from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d, transposed_shape
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics import blockwise
+
+__all__ = ["BLOCKWISE", "BlockScaling"]
+
+BLOCK = blockwise.BLOCK
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _scale_shape(m: int, k: int, dim: int) -> tuple[int, int]:
+    """Rowwise scales of an [m, k] matrix; the columnwise ones are those of [k, m]."""
+    rows, columns = -(-m // BLOCK), -(-k // BLOCK)
+    return (rows, _round_up(columns, 4)) if dim == 2 else (columns, _round_up(m, 4))
+
+
+def _pad_to_four(scale: Tensor) -> Tensor:
+    return pad(scale, (0, -scale.shape[1] % 4)).contiguous()
+
+
+class BlockScaling:
+    """Storage of `Float8BlockQuantizer`."""
+
+    attributes: tuple[str, ...] = (
+        "_rowwise_data",
+        "_rowwise_scale_inv",
+        "_columnwise_data",
+        "_columnwise_scale_inv",
+    )
+
+    def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        dim = quantizer.block_scaling_dim
+        nvte_check(dim in (1, 2), SOURCE, "Unsupported block scaling dim.")
+        m, k = flat_2d(shape)
+        specs: dict[str, BufferSpec] = {}
+        if quantizer.rowwise_usage:
+            specs["_rowwise_data"] = (tuple(shape), torch.uint8)
+            specs["_rowwise_scale_inv"] = (_scale_shape(m, k, dim), torch.float32)
+        if quantizer.columnwise_usage:
+            specs["_columnwise_data"] = (transposed_shape(shape), torch.uint8)
+            specs["_columnwise_scale_inv"] = (_scale_shape(k, m, dim), torch.float32)
+        return specs
+
+    def shape_of(self, tensor: Any) -> tuple[int, ...]:
+        nvte_check(
+            isinstance(tensor, te_classes().blockwise_storage),
+            SOURCE,
+            f"Float8BlockQuantizer must output to Float8BlockwiseQTensor, got {type(tensor).__name__}.",
+        )
+        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
+        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "FP8BlockwiseTensor has no data.")
+        if rowwise is None:
+            return (*columnwise.shape[1:], *columnwise.shape[:1])
+        shape = tuple(rowwise.shape)
+        nvte_check(
+            columnwise is None or tuple(columnwise.shape) == transposed_shape(shape),
+            SOURCE,
+            f"BlockwiseFP8 row-wise data (shape={shape}) and column-wise data "
+            f"(shape={None if columnwise is None else tuple(columnwise.shape)}) do not match",
+        )
+        return shape
+
+    def encode(self, quantizer: Any, x: Tensor) -> Buffers:
+        fmt = fp8_format(quantizer.dtype)
+        power_of_two = bool(quantizer.force_pow_2_scales)
+        nvte_check(
+            power_of_two or sm_arch() < 100,
+            "common/transpose/quantize_transpose_square_blockwise.cu",
+            "On Blackwell and newer, the FP8 block scaling recipe is emulated "
+            "with MXFP8, which requires using power of two scaling factors.",
+        )
+        epsilon = float(quantizer.amax_epsilon)
+        specs = self.specs(quantizer, x.shape)
+        matrix = x.view(flat_2d(x.shape))
+        buffers: Buffers = {}
+        if quantizer.block_scaling_dim == 2:
+            codes, scale_inv = blockwise.quantize_2d(matrix, fmt, epsilon=epsilon, power_of_two=power_of_two)
+            if "_rowwise_data" in specs:
+                buffers["_rowwise_data"] = codes.view(x.shape)
+                buffers["_rowwise_scale_inv"] = _pad_to_four(scale_inv)
+            if "_columnwise_data" in specs:
+                buffers["_columnwise_data"] = codes.t().contiguous().view(specs["_columnwise_data"][0])
+                buffers["_columnwise_scale_inv"] = _pad_to_four(scale_inv.t())
+            return buffers
+        if "_rowwise_data" in specs:
+            codes, scale_inv = blockwise.quantize_1d(matrix, fmt, epsilon=epsilon, power_of_two=power_of_two)
+            buffers["_rowwise_data"] = codes.view(x.shape)
+            buffers["_rowwise_scale_inv"] = _pad_to_four(scale_inv.t())
+        if "_columnwise_data" in specs:
+            codes, scale_inv = blockwise.quantize_1d_columnwise(
+                matrix, fmt, epsilon=epsilon, power_of_two=power_of_two
+            )
+            buffers["_columnwise_data"] = codes.t().contiguous().view(specs["_columnwise_data"][0])
+            buffers["_columnwise_scale_inv"] = _pad_to_four(scale_inv)
+        return buffers
+
+    def wrap(
+        self,
+        quantizer: Any,
+        buffers: Mapping[str, Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        classes = te_classes()
+        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
+        fields |= {
+            "fp8_dtype": classes.dtype.cast(quantizer.dtype),
+            "quantizer": quantizer,
+            "is_2D_scaled": quantizer.block_scaling_dim == 2,
+        }
+        if quantizer.internal:
+            return classes.blockwise_storage(**fields, fake_dtype=dtype)
+        return classes.blockwise_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+
+    def retag(self, quantizer: Any, tensor: Any) -> None:
+        """The C++ keeps the tensor's own format and block dimension."""
+
+
+BLOCKWISE = BlockScaling()

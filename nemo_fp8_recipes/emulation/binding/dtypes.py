@@ -1,0 +1,55 @@
+"""Between Transformer Engine's element types, torch's, and the FP8 formats of `numerics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_fp8_recipes.emulation.binding.checks import nvte_error
+from nemo_fp8_recipes.numerics.formats import E4M3, E5M2, Fp8Format
+
+__all__ = ["fp8_format", "short_name", "torch_dtype"]
+
+_TORCH: dict[int, torch.dtype] = {
+    0: torch.uint8,
+    2: torch.int32,
+    4: torch.float32,
+    5: torch.float16,
+    6: torch.bfloat16,
+}
+_FP8: dict[int, Fp8Format] = {7: E4M3, 8: E5M2}
+_SHORT: dict[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+def torch_dtype(tag: Any) -> torch.dtype:
+    """The torch dtype of a TE element type (either enum, or its integer tag).
+
+    Raises:
+        RuntimeError: the type has no high-precision torch dtype.
+    """
+    dtype = _TORCH.get(int(tag))
+    if dtype is None:
+        nvte_error("pytorch/csrc/common.h", f"Invalid type ({int(tag)}).")
+    return dtype
+
+
+def fp8_format(tag: Any) -> Fp8Format:
+    """The FP8 format of a TE element type.
+
+    Raises:
+        RuntimeError: the type is not an FP8 type.
+    """
+    fmt = _FP8.get(int(tag))
+    if fmt is None:
+        nvte_error("common/common.h", f"Invalid type for 8 bit: {int(tag)}.")
+    return fmt
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """What records call a high-precision dtype: "fp32", "bf16", "fp16"."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))

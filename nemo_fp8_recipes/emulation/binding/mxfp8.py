@@ -1,0 +1,167 @@
+"""MXFP8: blocks of 32 values with an E8M0 scale, quantised separately along rows and along columns.
+
+Follows `MXFP8Quantizer` in `pytorch/csrc/quantizer.cpp` and `cast/mxfp8/quantize_mxfp8.cuh`. Buffers:
+`_rowwise_data` and `_columnwise_data` (both in the shape of the tensor), `_rowwise_scale_inv` uint8 [M
+rounded up to 128, K/32 rounded up to 4], `_columnwise_scale_inv` uint8 [M/32 rounded up to 4, K rounded up to
+128]; padding is zero. With the quantizer's `optimize_for_gemm` the scales are in the GEMM's swizzled order
+(see `swizzle.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics import mxfp8
+
+__all__ = ["MXFP8", "Mxfp8Scaling", "columnwise_scale_shape", "rowwise_scale_shape", "swizzle", "unswizzle"]
+
+BLOCK = mxfp8.BLOCK
+# A scale tile of the GEMM: 128 rows (of the operand as the GEMM reads it) by 4 blocks along k.
+TILE_M, TILE_K = 128, 4
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def rowwise_scale_shape(m: int, k: int) -> tuple[int, int]:
+    """Padded shape of the rowwise scales of an [m, k] matrix."""
+    return (_round_up(m, TILE_M), _round_up(k // BLOCK, TILE_K))
+
+
+def columnwise_scale_shape(m: int, k: int) -> tuple[int, int]:
+    """Padded shape of the columnwise scales of an [m, k] matrix."""
+    return (_round_up(m // BLOCK, TILE_K), _round_up(k, TILE_M))
+
+
+def swizzle(scales: Tensor, *, columnwise: bool) -> Tensor:
+    """Scales in the order in which cuBLAS reads them: tiles of 128 x 4, in each the 32 rows r, r+32, r+64,
+    r+96.
+
+    Follows `common/swizzle/swizzle.cu`.
+
+    Args:
+        scales: uint8, padded, natural order.
+        columnwise: the scales run along columns; they are transposed first.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    by_row = scales.t() if columnwise else scales
+    m, k = by_row.shape
+    tiles = by_row.reshape(m // TILE_M, 4, 32, k // TILE_K, TILE_K)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(scales.shape)
+
+
+def unswizzle(scales: Tensor, *, columnwise: bool) -> Tensor:
+    """The inverse of `swizzle`."""
+    m, k = reversed(scales.shape) if columnwise else scales.shape
+    tiles = scales.reshape(m // TILE_M, k // TILE_K, 32, 4, TILE_K)
+    by_row = tiles.permute(0, 3, 2, 1, 4).reshape(m, k)
+    return by_row.t() if columnwise else by_row
+
+
+class Mxfp8Scaling:
+    """Storage of `MXFP8Quantizer`."""
+
+    attributes: tuple[str, ...] = (
+        "_rowwise_data",
+        "_rowwise_scale_inv",
+        "_columnwise_data",
+        "_columnwise_scale_inv",
+    )
+
+    def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        m, k = flat_2d(shape)
+        nvte_check(
+            bool(shape) and m % BLOCK == 0 and k % BLOCK == 0,
+            SOURCE,
+            f"MXFP8 requires tensor dims that are divisible by {BLOCK} (got shape={tuple(shape)})",
+        )
+        specs: dict[str, BufferSpec] = {}
+        if quantizer.rowwise_usage:
+            specs["_rowwise_data"] = (tuple(shape), torch.uint8)
+            specs["_rowwise_scale_inv"] = (rowwise_scale_shape(m, k), torch.uint8)
+        if quantizer.columnwise_usage:
+            specs["_columnwise_data"] = (tuple(shape), torch.uint8)
+            specs["_columnwise_scale_inv"] = (columnwise_scale_shape(m, k), torch.uint8)
+        return specs
+
+    def shape_of(self, tensor: Any) -> tuple[int, ...]:
+        nvte_check(
+            isinstance(tensor, te_classes().mxfp8_storage),
+            SOURCE,
+            f"MXFP8Quantizer must output to MXFP8Tensor, got {type(tensor).__name__}.",
+        )
+        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
+        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "MXFP8Tensor has no data.")
+        if rowwise is not None and columnwise is not None:
+            nvte_check(
+                rowwise.shape == columnwise.shape,
+                SOURCE,
+                f"MXFP8 row-wise data (shape={tuple(rowwise.shape)}) and column-wise data "
+                f"(shape={tuple(columnwise.shape)}) do not match",
+            )
+        return tuple((rowwise if rowwise is not None else columnwise).shape)
+
+    def encode(self, quantizer: Any, x: Tensor) -> Buffers:
+        fmt = fp8_format(quantizer.dtype)
+        specs = self.specs(quantizer, x.shape)
+        matrix = x.view(flat_2d(x.shape))
+        buffers: Buffers = {}
+
+        def keep(direction: str, codes: Tensor, scale: Tensor) -> None:
+            padded = torch.zeros(specs[f"_{direction}_scale_inv"][0], dtype=torch.uint8, device=x.device)
+            padded[: scale.shape[0], : scale.shape[1]] = scale
+            if quantizer.optimize_for_gemm:
+                padded = swizzle(padded, columnwise=direction == "columnwise")
+            buffers[f"_{direction}_data"] = codes.view(x.shape)
+            buffers[f"_{direction}_scale_inv"] = padded
+
+        if quantizer.with_2d_quantization:
+            codes, scale = mxfp8.quantize_2d(matrix, fmt)
+            if "_rowwise_data" in specs:
+                keep("rowwise", codes, scale.repeat_interleave(BLOCK, dim=0))
+            if "_columnwise_data" in specs:
+                own = codes.clone() if "_rowwise_data" in specs else codes
+                keep("columnwise", own, scale.repeat_interleave(BLOCK, dim=1))
+            return buffers
+        if "_rowwise_data" in specs:
+            keep("rowwise", *mxfp8.quantize_rowwise(matrix, fmt))
+        if "_columnwise_data" in specs:
+            keep("columnwise", *mxfp8.quantize_columnwise(matrix, fmt))
+        return buffers
+
+    def wrap(
+        self,
+        quantizer: Any,
+        buffers: Mapping[str, Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        classes = te_classes()
+        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
+        fields |= {
+            "fp8_dtype": classes.dtype.cast(quantizer.dtype),
+            "quantizer": quantizer,
+            "with_gemm_swizzled_scales": bool(quantizer.optimize_for_gemm),
+        }
+        if quantizer.internal:
+            return classes.mxfp8_storage(**fields, fake_dtype=dtype)
+        return classes.mxfp8_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+
+    def retag(self, quantizer: Any, tensor: Any) -> None:
+        tensor._fp8_dtype = te_classes().dtype.cast(quantizer.dtype)
+        tensor._with_gemm_swizzled_scales = bool(quantizer.optimize_for_gemm)
+
+
+MXFP8 = Mxfp8Scaling()

@@ -1,0 +1,153 @@
+"""GEMM operands: which buffers of a tensor a GEMM reads, and the fp32 values in them.
+
+Follows `CanonicalizeGemmInput` in `common/gemm/cublaslt_gemm.cu` of Transformer Engine. An operand is read
+along rows (as it lies) or along columns (as its transpose); a quantised tensor has separate data for the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.emulation.binding.blockwise import BLOCK, BLOCKWISE
+from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check
+from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
+from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, short_name
+from nemo_fp8_recipes.emulation.binding.mxfp8 import BLOCK as MX_BLOCK
+from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, unswizzle
+from nemo_fp8_recipes.emulation.binding.storage import flat_2d
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics.blocks import dequantize_blocks
+from nemo_fp8_recipes.numerics.cast import decode
+from nemo_fp8_recipes.numerics.e8m0 import e8m0_to_fp32
+
+__all__ = ["PER_TENSOR", "Operand", "operand", "values"]
+
+GEMM_SOURCE = "common/gemm/cublaslt_gemm.cu"
+
+PER_TENSOR = "tensorwise-or-delayed"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as one GEMM reads it.
+
+    Attributes:
+        name: "A" or "B".
+        tensor: the tensor.
+        columnwise: read along columns.
+        shape: logical shape of the tensor.
+        format: "e4m3", "e5m2", "fp32", "bf16", "fp16".
+        scaling: "none", "tensorwise-or-delayed", "mxfp8", "block_1d", "block_2d".
+    """
+
+    name: str
+    tensor: Any
+    columnwise: bool
+    shape: tuple[int, ...]
+    format: str
+    scaling: str
+
+    @property
+    def quantized(self) -> bool:
+        return self.scaling != "none"
+
+    @property
+    def usage(self) -> str:
+        return "columnwise" if self.columnwise else "rowwise"
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """fp32 matrix [rows, columns] in logical orientation (a view where that saves a transpose), and an
+        fp32 factor (1,) that the product is still to be multiplied with: per-tensor scales are applied after
+        the sum, as cuBLAS does.
+        """
+        if not self.quantized:
+            return self.tensor.detach().reshape(flat_2d(self.shape)).to(torch.float32), None
+        if self.scaling == PER_TENSOR:
+            return _per_tensor_codes(self.tensor, self.columnwise), self.tensor._scale_inv.detach()
+        return values(self.tensor, columnwise=self.columnwise), None
+
+
+def operand(name: str, tensor: Any, *, columnwise: bool) -> Operand:
+    """Look at a GEMM input.
+
+    Raises:
+        RuntimeError: the data of the direction that this GEMM reads is missing, in TE's words.
+        NotImplementedError: a format that is not emulated.
+    """
+    classes = te_classes()
+    if not isinstance(tensor, classes.quantized_storage):
+        return Operand(name, tensor, columnwise, tuple(tensor.shape), short_name(tensor.dtype), "none")
+    direction = "column-wise" if columnwise else "row-wise"
+    missing = f"Input {name} is missing {direction} usage"
+    if isinstance(tensor, classes.float8_storage):
+        has_rows = tensor._data is not None
+        has_columns = tensor._transpose is not None and not tensor._transpose_invalid
+        nvte_check(has_rows or has_columns, GEMM_SOURCE, f"Input {name} does not hold any data!")
+        readable = has_rows or has_columns
+        if not non_tn_fp8_gemm_supported():
+            readable = has_columns if columnwise else has_rows
+        nvte_check(readable, GEMM_SOURCE, missing)
+        shape = tuple(tensor._data.shape) if has_rows else _untransposed(tensor._transpose.shape)
+        scaling = PER_TENSOR
+    elif isinstance(tensor, classes.mxfp8_storage):
+        data = tensor._columnwise_data if columnwise else tensor._rowwise_data
+        nvte_check(data is not None, GEMM_SOURCE, missing)
+        shape, scaling = MXFP8.shape_of(tensor), "mxfp8"
+    elif isinstance(tensor, classes.blockwise_storage):
+        data = tensor._columnwise_data if columnwise else tensor._rowwise_data
+        nvte_check(data is not None, GEMM_SOURCE, missing)
+        shape, scaling = BLOCKWISE.shape_of(tensor), "block_2d" if tensor._is_2D_scaled else "block_1d"
+    else:
+        not_emulated(f"generic_gemm with {type(tensor).__name__}")
+    return Operand(name, tensor, columnwise, shape, fp8_format(tensor._fp8_dtype).name, scaling)
+
+
+def values(tensor: Any, *, columnwise: bool) -> Tensor:
+    """fp32 values [rows, columns] of a quantised tensor in logical orientation, from the data of one
+    direction.
+    """
+    classes = te_classes()
+    fmt = fp8_format(tensor._fp8_dtype)
+    if isinstance(tensor, classes.float8_storage):
+        return _per_tensor_codes(tensor, columnwise).mul(tensor._scale_inv.detach())
+    if isinstance(tensor, classes.mxfp8_storage):
+        codes = tensor._columnwise_data if columnwise else tensor._rowwise_data
+        scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+        if tensor._with_gemm_swizzled_scales:
+            scale = unswizzle(scale, columnwise=columnwise)
+        m, k = flat_2d(codes.shape)
+        block = (MX_BLOCK, 1) if columnwise else (1, MX_BLOCK)
+        scale = scale[: m // block[0], : k // block[1]]
+        return dequantize_blocks(codes.reshape(m, k), e8m0_to_fp32(scale), fmt, block)
+    # Block scaling: columnwise data is that of the transposed matrix.
+    codes = tensor._columnwise_data if columnwise else tensor._rowwise_data
+    scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+    if columnwise:
+        codes = codes.reshape(codes.shape[0], -1)
+    else:
+        codes = codes.reshape(flat_2d(codes.shape))
+    m, k = codes.shape
+    if tensor._is_2D_scaled:
+        block, natural = (BLOCK, BLOCK), scale[:, : -(-k // BLOCK)]
+    else:
+        block, natural = (1, BLOCK), scale[:, :m].t()
+    matrix = dequantize_blocks(codes, natural, fmt, block)
+    return matrix.t() if columnwise else matrix
+
+
+def _untransposed(shape: torch.Size) -> tuple[int, ...]:
+    return (*shape[1:], *shape[:1])
+
+
+def _per_tensor_codes(tensor: Any, columnwise: bool) -> Tensor:
+    """fp32 values of the codes, scale not applied."""
+    fmt = fp8_format(tensor._fp8_dtype)
+    data, transpose = tensor._data, tensor._transpose
+    if transpose is not None and not tensor._transpose_invalid and (columnwise or data is None):
+        flat = transpose.reshape(transpose.shape[0] if transpose.dim() else 1, -1)
+        return decode(flat, fmt).t()
+    return decode(data.reshape(flat_2d(data.shape)), fmt)

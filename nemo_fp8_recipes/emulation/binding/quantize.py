@@ -1,0 +1,236 @@
+"""Quantising and dequantising tensors.
+
+Follows `pytorch/csrc/extensions/cast.cpp`, `extensions/bias.cpp`, `extensions/recipe.cpp` (`compute_amax`),
+`common/cast/dispatch/quantize.cuh` and `common/cast/dispatch/dequantize.cuh` of Transformer Engine.
+"""
+
+# ruff: noqa: ARG001  # signatures are pybind's
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.emulation import trace
+from nemo_fp8_recipes.emulation.binding import operands
+from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
+from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
+from nemo_fp8_recipes.emulation.binding.device import sm_arch
+from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, torch_dtype
+from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
+from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED
+from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics.scale import amax as amax_of
+
+__all__ = [
+    "bgrad_quantize",
+    "compute_amax",
+    "create_empty_quantized_tensor",
+    "dequantize",
+    "is_delayed",
+    "layout_of",
+    "multi_tensor_quantize",
+    "quantize",
+    "quantize_as",
+    "split_quantize",
+]
+
+SOURCE = "pytorch/csrc/extensions/cast.cpp"
+
+
+def layout_of(quantizer: Any, caller: str) -> Layout:
+    """The storage layout of a quantizer, recognised by its exact type as in C++.
+
+    Raises:
+        NotImplementedError: a quantizer of TE whose format is not emulated (NVFP4).
+        RuntimeError: not a quantizer that the C++ knows.
+    """
+    classes = te_classes()
+    kind = type(quantizer)
+    if kind is classes.delayed_quantizer:
+        return DELAYED
+    if kind is classes.tensorwise_quantizer:
+        return CURRENT
+    if kind is classes.mxfp8_quantizer:
+        return MXFP8
+    if kind is classes.blockwise_quantizer:
+        return BLOCKWISE
+    if kind.__name__ == "NVFP4Quantizer":
+        return not_emulated(f"{caller} with {kind.__name__}")
+    return nvte_error("pytorch/csrc/common.cpp", f"Unexpected type for quantizer: {kind.__name__}")
+
+
+def is_delayed(quantizer: Any) -> bool:
+    """Whether kernels write FP8 directly from their fp32 result for this quantizer."""
+    return type(quantizer) is te_classes().delayed_quantizer
+
+
+def quantize_as(
+    x: Tensor,
+    quantizer: Any,
+    dtype: torch.dtype,
+    *,
+    caller: str,
+    output: Any = None,
+    noop: Tensor | None = None,
+) -> Any:
+    """Quantise x into a new tensor of nominal dtype `dtype`, or in place into `output`.
+
+    Args:
+        x: what the kernel casts: the tensor itself, or the fp32 result of a fused kernel.
+        quantizer: TE quantizer.
+        dtype: dtype that the quantised tensor stands for.
+        caller: binding function at work, for records and errors.
+        output: tensor to write into.
+        noop: fp32 flag; where it is 1 nothing is written.
+    """
+    layout = layout_of(quantizer, caller)
+    x = x.detach().contiguous()
+    if output is not None:
+        shape = adapt(layout, quantizer, output)
+        nvte_check(
+            tuple(shape) == tuple(x.shape),
+            "common/cast/core/common.cuh",
+            f"Input and output shapes need to match (got {tuple(x.shape)} and {tuple(shape)}).",
+        )
+    skip = x.numel() == 0 or (noop is not None and noop.reshape(-1)[0].item() == 1.0)
+    if skip:
+        if output is not None:
+            return output
+        return layout.wrap(
+            quantizer, allocate(layout, quantizer, x.shape, x.device), x.shape, dtype, x.device
+        )
+    if trace.observers():
+        _record(x, quantizer, caller)
+    buffers = layout.encode(quantizer, x)
+    if output is None:
+        return layout.wrap(quantizer, buffers, x.shape, dtype, x.device)
+    store(layout, quantizer, buffers, output)
+    return output
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
+    return quantize_as(tensor, quantizer, tensor.dtype, caller="quantize", output=output, noop=noop)
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    pin_memory: bool,
+) -> Any:
+    layout = layout_of(quantizer, "create_empty_quantized_tensor")
+    place = torch.device(device)
+    return layout.wrap(quantizer, allocate(layout, quantizer, shape, place), shape, dtype, place)
+
+
+def dequantize(input: Any, otype: Any) -> Tensor:
+    """High-precision values; rowwise data where the tensor has it."""
+    classes = te_classes()
+    dtype = torch_dtype(otype)
+    if isinstance(input, classes.float8_storage):
+        nvte_check(
+            input._data is not None, "common/common.h", "Cannot dequantize tensor without rowwise data."
+        )
+        shape = input._data.shape
+        columnwise = False
+    elif isinstance(input, classes.mxfp8_storage):
+        if sm_arch() < 100:
+            nvte_error(
+                "common/cast/dispatch/dequantize.cuh",
+                "MXFP8 Dequantization is NOT supported by architectures < 10.0",
+            )
+        columnwise = input._rowwise_data is None
+        shape = MXFP8.shape_of(input)
+    elif isinstance(input, classes.blockwise_storage):
+        mode = "NVTE_BLOCK_SCALING_2D" if input._is_2D_scaled else "NVTE_BLOCK_SCALING_1D"
+        nvte_error("common/cast/dispatch/dequantize.cuh", f"Not implemented scaling mode: {mode}.")
+    elif isinstance(input, classes.quantized_storage):
+        not_emulated(f"dequantize of {type(input).__name__}")
+    else:
+        nvte_error("common/cast/dispatch/dequantize.cuh", "Input must have FP8 type.")
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=input.device)
+    return operands.values(input, columnwise=columnwise).reshape(shape).to(dtype)
+
+
+def bgrad_quantize(input: Tensor, quantizer: Any) -> list[Any]:
+    """Bias gradient (sum over all but the last dimension, accumulated in fp32) and the quantised gradient."""
+    grad = input.detach().contiguous()
+    bias_grad = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(grad.dtype)
+    if quantizer is None:
+        return [bias_grad, grad]
+    return [bias_grad, quantize_as(grad, quantizer, grad.dtype, caller="bgrad_quantize")]
+
+
+def multi_tensor_quantize(tensor_list: Sequence[Tensor], quantizer_list: Sequence[Any]) -> list[Any]:
+    nvte_check(
+        len(quantizer_list) == len(tensor_list),
+        SOURCE,
+        f"Expected {len(tensor_list)} quantizers, but got {len(quantizer_list)}",
+    )
+    for number, tensor in enumerate(tensor_list):
+        nvte_check(tensor.is_contiguous(), SOURCE, f"Input tensor {number} is not contiguous")
+    return [
+        quantize_as(tensor, quantizer, tensor.dtype, caller="multi_tensor_quantize")
+        for tensor, quantizer in zip(tensor_list, quantizer_list, strict=True)
+    ]
+
+
+def split_quantize(
+    tensor: Tensor,
+    split_sections: Sequence[int],
+    quantizer_list: Sequence[Any],
+    disable_bulk_allocation: bool = False,
+) -> list[Any]:
+    """Split along the first dimension and quantise every part with its own quantizer."""
+    nvte_check(
+        len(quantizer_list) == len(split_sections),
+        SOURCE,
+        f"Expected {len(split_sections)} quantizers, but got {len(quantizer_list)}",
+    )
+    sections = [int(section) for section in split_sections]
+    if not sections:
+        return []
+    nvte_check(tensor.dim() > 0, SOURCE, "Input tensor has 0 dims")
+    nvte_check(
+        sum(sections) <= tensor.shape[0],
+        SOURCE,
+        f"Attempted to split tensor with shape={tuple(tensor.shape)} along dim 0 "
+        f"with split_sections={sections}",
+    )
+    parts = torch.split(tensor[: sum(sections)], sections)
+    return [
+        quantize_as(part, quantizer, tensor.dtype, caller="split_quantize")
+        for part, quantizer in zip(parts, quantizer_list, strict=True)
+    ]
+
+
+def compute_amax(input: Tensor, amax: Tensor) -> None:
+    nvte_check(
+        amax.dtype == torch.float32, "pytorch/csrc/extensions/recipe.cpp", "amax must be a float tensor"
+    )
+    nvte_check(amax.numel() == 1, "pytorch/csrc/extensions/recipe.cpp", "amax must have exactly one element")
+    amax.copy_(amax_of(input.detach()).reshape(amax.shape))
+
+
+def _record(x: Tensor, quantizer: Any, caller: str) -> None:
+    record = trace.QuantizeRecord(
+        quantizer=type(quantizer).__name__,
+        format=fp8_format(quantizer.dtype).name,
+        shape=tuple(x.shape),
+        rowwise=bool(quantizer.rowwise_usage),
+        columnwise=bool(quantizer.columnwise_usage),
+        source=caller,
+        force_pow_2_scales=getattr(quantizer, "force_pow_2_scales", None),
+        amax_epsilon=getattr(quantizer, "amax_epsilon", None),
+        block_scaling_dim=getattr(quantizer, "block_scaling_dim", None),
+        with_2d_quantization=getattr(quantizer, "with_2d_quantization", None),
+        with_amax_reduction=bool(getattr(quantizer, "with_amax_reduction", False)),
+    )
+    for observer in trace.observers():
+        observer.quantizations.append(record)

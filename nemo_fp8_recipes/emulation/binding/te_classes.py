@@ -1,0 +1,57 @@
+"""Transformer Engine's Python classes that its C++ recognises by exact type.
+
+Follows `init_extension` in `pytorch/csrc/extensions/pybind.cpp` and `pytorch/csrc/pybind.h`. They are
+imported on first use, because TE's Python modules import the binding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+__all__ = ["TeClasses", "te_classes"]
+
+
+class TeClasses(NamedTuple):
+    """Quantizers, and the storage and public tensor class that each makes."""
+
+    dtype: Any
+    quantized_storage: Any
+    delayed_quantizer: Any
+    tensorwise_quantizer: Any
+    float8_storage: Any
+    float8_tensor: Any
+    mxfp8_quantizer: Any
+    mxfp8_storage: Any
+    mxfp8_tensor: Any
+    blockwise_quantizer: Any
+    blockwise_storage: Any
+    blockwise_tensor: Any
+
+
+@cache
+def te_classes() -> TeClasses:
+    """TE's classes; needs `transformer_engine.pytorch` to be importable."""
+    from transformer_engine.pytorch.constants import DType
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+    from transformer_engine.pytorch.tensor import float8_blockwise_tensor, float8_tensor, mxfp8_tensor
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
+        Float8BlockwiseQTensorStorage,
+    )
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+    from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
+
+    return TeClasses(
+        dtype=DType,
+        quantized_storage=QuantizedTensorStorage,
+        delayed_quantizer=float8_tensor.Float8Quantizer,
+        tensorwise_quantizer=float8_tensor.Float8CurrentScalingQuantizer,
+        float8_storage=Float8TensorStorage,
+        float8_tensor=float8_tensor.Float8Tensor,
+        mxfp8_quantizer=mxfp8_tensor.MXFP8Quantizer,
+        mxfp8_storage=MXFP8TensorStorage,
+        mxfp8_tensor=mxfp8_tensor.MXFP8Tensor,
+        blockwise_quantizer=float8_blockwise_tensor.Float8BlockQuantizer,
+        blockwise_storage=Float8BlockwiseQTensorStorage,
+        blockwise_tensor=float8_blockwise_tensor.Float8BlockwiseQTensor,
+    )

@@ -1,0 +1,156 @@
+"""Slow scalar references for the quantisers, written from the rules in plain Python and numpy.
+
+Nothing here uses torch's arithmetic or the package: fp32 operations are numpy's, rounding to FP8 searches the
+table of representable values with exact fractions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import torch
+
+FP8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
+INPUT_MAX = {
+    torch.float32: float(np.finfo(np.float32).max),
+    torch.bfloat16: (2.0 - 2.0**-7) * 2.0**127,
+    torch.float16: 65504.0,
+}
+NAN_CODE = 0x7F
+
+
+def fp8_value(code: int, fmt: str) -> float:
+    """Value of a code, from its bit fields."""
+    exponent_bits, mantissa_bits, bias = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}[fmt]
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent = (code >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    mantissa = code & ((1 << mantissa_bits) - 1)
+    top = exponent == (1 << exponent_bits) - 1
+    if fmt == "e4m3" and top and mantissa == 7:
+        return math.nan
+    if fmt == "e5m2" and top:
+        return sign * math.inf if mantissa == 0 else math.nan
+    if exponent == 0:
+        return sign * math.ldexp(mantissa, 1 - bias - mantissa_bits)
+    return sign * math.ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
+
+
+@cache
+def _positive_values(fmt: str) -> list[Fraction]:
+    values = [fp8_value(code, fmt) for code in range(0x80)]
+    return [Fraction(value) for value in values if math.isfinite(value)]
+
+
+def encode(value: float, fmt: str) -> int:
+    """Nearest FP8 code, ties to the even code, saturating; NaN is 0x7F."""
+    if math.isnan(value):
+        return NAN_CODE
+    sign = 0x80 if math.copysign(1.0, value) < 0 else 0
+    table = _positive_values(fmt)
+    if abs(value) >= table[-1]:
+        return sign | (len(table) - 1)
+    exact = Fraction(abs(value))
+    above = bisect.bisect_left(table, exact)
+    if table[above] == exact:
+        return sign | above
+    to_lower, to_upper = exact - table[above - 1], table[above] - exact
+    if to_lower == to_upper:
+        return sign | (above if above % 2 == 0 else above - 1)
+    return sign | (above if to_upper < to_lower else above - 1)
+
+
+def amax(values: np.ndarray) -> np.float32:
+    """Largest magnitude, NaN ignored, zero for nothing."""
+    largest = np.float32(0.0)
+    for value in values.ravel():
+        if abs(value) > largest:
+            largest = np.float32(abs(value))
+    return largest
+
+
+def scale_from_amax(
+    amax: np.float32, fp8_max: float, epsilon: float, power_of_two: bool, overflow_value: float
+) -> np.float32:
+    """The shared per-tensor and block scale."""
+    if amax < np.float32(epsilon):
+        amax = np.float32(epsilon)
+    if math.isnan(amax) or math.isinf(amax) or amax == 0.0:
+        return np.float32(1.0)
+    with np.errstate(over="ignore"):
+        scale = np.float32(fp8_max) / np.float32(amax)
+    if math.isinf(scale):
+        scale = np.float32(overflow_value)
+    if power_of_two:
+        _, exponent = math.frexp(float(scale))
+        scale = np.float32(math.ldexp(1.0, exponent - 1))
+    return scale
+
+
+def e8m0(amax: np.float32, fp8_max: float) -> int:
+    """Smallest exponent whose power of two is at least fp32(amax * fp32(1 / fp8_max))."""
+    wanted = np.float32(amax) * np.float32(1.0 / fp8_max)
+    if math.isnan(wanted):
+        return 0xFF
+    if math.isinf(wanted):
+        return 0xFE
+    if wanted == 0.0:
+        return 0x00
+    mantissa, exponent = math.frexp(float(wanted))
+    power = exponent - 1 if mantissa == 0.5 else exponent
+    return min(max(power + 127, 0), 0xFE)
+
+
+def multiply(values: np.ndarray, scale: float) -> np.ndarray:
+    """fp32 product."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        return values.astype(np.float32) * np.float32(scale)
+
+
+def encode_all(values: np.ndarray, fmt: str) -> np.ndarray:
+    return np.array([encode(float(value), fmt) for value in values.ravel()], dtype=np.uint8).reshape(
+        values.shape
+    )
+
+
+def blockwise(
+    x: torch.Tensor, fmt: str, block: tuple[int, int], epsilon: float, power_of_two: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scale_inv of FP8 block scaling."""
+
+    def rule(largest: np.float32) -> tuple[float, np.float32]:
+        scale = scale_from_amax(largest, FP8_MAX[fmt], epsilon, power_of_two, INPUT_MAX[x.dtype])
+        return float(scale), np.float32(1.0) / scale
+
+    return _by_block(x, fmt, block, rule, np.float32)
+
+
+def mxfp8(x: torch.Tensor, fmt: str, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and E8M0 scales of MXFP8."""
+
+    def rule(largest: np.float32) -> tuple[float, int]:
+        code = e8m0(largest, FP8_MAX[fmt])
+        return math.ldexp(1.0, 127 - code), code
+
+    return _by_block(x, fmt, block, rule, np.uint8)
+
+
+def _by_block(
+    x: torch.Tensor, fmt: str, block: tuple[int, int], rule: Callable, kept_dtype: type
+) -> tuple[np.ndarray, np.ndarray]:
+    """One block after the other; `rule` gives the multiplier and what is kept of a block's amax."""
+    values = x.float().numpy()
+    codes = np.zeros(values.shape, dtype=np.uint8)
+    height, width = block
+    rows, columns = -(-values.shape[0] // height), -(-values.shape[1] // width)
+    kept = np.zeros((rows, columns), dtype=kept_dtype)
+    for i in range(rows):
+        for j in range(columns):
+            where = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
+            multiplier, kept[i, j] = rule(amax(values[where]))
+            codes[where] = encode_all(multiply(values[where], multiplier), fmt)
+    return codes, kept

@@ -3,7 +3,7 @@ end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,8 @@ from nemo_fp8_recipes.training.trainer import Outcome, Step, Trainer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nemo_fp8_recipes.telemetry.recorder import Recorder
+
 __all__ = ["Invocation", "run_session"]
 
 
@@ -81,6 +83,7 @@ class _Session:
         self.is_first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.is_first_rank)
         self.run_dir: RunDirectory | None = None  # on rank 0
+        self.recorder: Recorder | None = None  # once the model is built, unless telemetry is off
 
     # -- the order of things -----------------------------------------------------------------------------
 
@@ -105,8 +108,8 @@ class _Session:
             start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
             self._start_record(path, start, resumed=checkpoint is not None)
             fp8_run.model_built(trainer.model)
-            if fp8_run.recorder is not None and checkpoint is not None:
-                fp8_run.recorder.truncate_after(start.step)
+            if self.recorder is not None and checkpoint is not None:
+                self.recorder.truncate_after(start.step)
             self._show_banner(trainer, dataset, path, start)
             total = settings.training.steps
             with display.progress(self.console, total=total, done=start.step) as line:
@@ -188,7 +191,7 @@ class _Session:
 
         def write_manifest() -> None:
             if self.is_first_rank and fp8_run.manifest is not None:
-                atomic_write_json(path / "manifest.json", fp8_run.manifest.to_json())
+                atomic_write_json(path / "manifest.json", fp8_run.manifest.to_dict())
 
         return Trainer(
             settings=training,
@@ -200,6 +203,7 @@ class _Session:
             checkpointer=checkpointer,
             log=write_metrics,
             after_first_step=write_manifest,
+            before_save=lambda: self.recorder.flush() if self.recorder is not None else None,
         )
 
     def _start_record(self, path: Path, start: Position, *, resumed: bool) -> None:
@@ -265,23 +269,30 @@ class _Session:
             self.console.print(f"Stopped after step {outcome.position.step} {reason}.")
         _show_report(path, self.console)
         resumable = not outcome.finished and self.settings.training.save_every > 0
+        for sink, values in (self.recorder.lost if self.recorder is not None else {}).items():
+            self.console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
         display.farewell(self.console, path, losses=losses, held_out=held_out, resumable=resumable)
 
-    def _telemetry(self, path: Path) -> Any:
-        """How `Fp8Run` attaches telemetry to the built model."""
+    def _telemetry(self, path: Path) -> Callable[[Any], Recorder] | None:
+        """How `Fp8Run` attaches telemetry to the built model; None when it is switched off."""
         settings = self.settings.telemetry
         if not settings.enabled:
             return None
-        return lambda model: telemetry.attach(
-            model,
-            self.settings.recipe,
-            directory=path,
-            log_every=settings.log_every,
-            sinks=settings.sinks,
-            history=settings.history,
-            flush_every=settings.flush_every,
-            device=self.invocation.device_label,
-        )
+
+        def attach(model: torch.nn.Module) -> Recorder:
+            self.recorder = telemetry.attach(
+                model,
+                self.settings.recipe,
+                directory=path,
+                log_every=settings.log_every,
+                sinks=settings.sinks,
+                history=settings.history,
+                flush_every=settings.flush_every,
+                device=self.invocation.device_label,
+            )
+            return self.recorder
+
+        return attach
 
 
 def _data_rank() -> int:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.emulation import trace
 from nemo_fp8_recipes.emulation.binding.activation import gelu_backward, gelu_forward
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported, sm_arch
@@ -28,6 +27,7 @@ from nemo_fp8_recipes.emulation.binding.operands import PER_TENSOR, Operand, ope
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
 from nemo_fp8_recipes.emulation.binding.storage import flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.trace import GemmRecord, OperandRecord, observers
 
 __all__ = ["generic_gemm", "te_general_grouped_gemm"]
 
@@ -137,7 +137,7 @@ def generic_gemm(
             result.mul_(gelu_backward(gelu_in.detach().to(torch.float32).view(shape)))
         if bias is not None and grad:
             bias_grad = _bias_grad(b).to(dtype)
-        if trace.observers():
+        if observers():
             _record(a, transA, b, transB, use_split_accumulator, accumulate, quantizer, dtype)
 
     if quantizer is not None:
@@ -356,10 +356,10 @@ def _record(
 ) -> None:
     a0, a1 = flat_2d(a.shape)
     b0, b1 = flat_2d(b.shape)
-    record = trace.GemmRecord(
+    record = GemmRecord(
         layout=("T" if trans_a else "N") + ("T" if trans_b else "N"),
-        a=trace.OperandRecord(a.format, a.scaling, a.usage, type(a.tensor).__name__),
-        b=trace.OperandRecord(b.format, b.scaling, b.usage, type(b.tensor).__name__),
+        a=OperandRecord(a.format, a.scaling, a.usage, type(a.tensor).__name__),
+        b=OperandRecord(b.format, b.scaling, b.usage, type(b.tensor).__name__),
         m=a0 if trans_a else a1,
         n=b1 if trans_b else b0,
         k=a1 if trans_a else a0,
@@ -367,5 +367,5 @@ def _record(
         accumulate=accumulate,
         out_dtype=short_name(dtype) if quantizer is None else fp8_format(quantizer.dtype).name,
     )
-    for observer in trace.observers():
+    for observer in observers():
         observer.gemms.append(record)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.emulation import trace
 from nemo_fp8_recipes.emulation.binding import operands
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
@@ -23,6 +22,7 @@ from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED
 from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.trace import QuantizeRecord, observers
 from nemo_fp8_recipes.numerics.scale import amax as amax_of
 
 __all__ = [
@@ -103,7 +103,7 @@ def quantize_as(
         return layout.wrap(
             quantizer, allocate(layout, quantizer, x.shape, x.device), x.shape, dtype, x.device
         )
-    if trace.observers():
+    if observers():
         _record(x, quantizer, caller)
     buffers = layout.encode(quantizer, x)
     if output is None:
@@ -219,7 +219,7 @@ def compute_amax(input: Tensor, amax: Tensor) -> None:
 
 
 def _record(x: Tensor, quantizer: Any, caller: str) -> None:
-    record = trace.QuantizeRecord(
+    record = QuantizeRecord(
         quantizer=type(quantizer).__name__,
         format=fp8_format(quantizer.dtype).name,
         shape=tuple(x.shape),
@@ -232,5 +232,5 @@ def _record(x: Tensor, quantizer: Any, caller: str) -> None:
         with_2d_quantization=getattr(quantizer, "with_2d_quantization", None),
         with_amax_reduction=bool(getattr(quantizer, "with_amax_reduction", False)),
     )
-    for observer in trace.observers():
+    for observer in observers():
         observer.quantizations.append(record)

@@ -1,0 +1,58 @@
+"""The report for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from nemo_fp8_recipes.report.effect import effects
+from nemo_fp8_recipes.report.run import load
+
+__all__ = ["SCHEMA_VERSION", "document"]
+
+SCHEMA_VERSION = 1
+
+
+def document(run_dir: str | Path) -> dict[str, Any]:
+    """The report of a run as plain data for JSON.
+
+    Returns:
+        schema_version, run (`run.json`), loss (first and last step and loss), tensors (the fields of
+        `TensorEffect` and growth). A number that is not finite is None.
+
+    Raises:
+        ReportError: see `run.load`.
+    """
+    run = load(run_dir)
+    losses = run.losses
+    return _finite(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(run.path),
+            "run": dict(run.record),
+            "quantized_modules": None if run.manifest is None else len(run.manifest.quantized()),
+            "modules": None if run.manifest is None else len(run.manifest.rows),
+            "loss": None
+            if not losses
+            else {
+                "first_step": losses[0][0],
+                "first": losses[0][1],
+                "last_step": losses[-1][0],
+                "last": losses[-1][1],
+            },
+            "tensors": [
+                {**dataclasses.asdict(effect), "growth": effect.growth} for effect in effects(run.telemetry)
+            ],
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every NaN and Inf, which JSON lacks, replaced by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

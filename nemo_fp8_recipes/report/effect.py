@@ -1,0 +1,129 @@
+"""What the recipe did to each tensor, summed up over the logged steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_fp8_recipes.telemetry.series import FP8_MAX, TENSORS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["TensorEffect", "effects"]
+
+
+@dataclass(frozen=True)
+class TensorEffect:
+    """One operand of one GEMM over the logged steps.
+
+    Attributes:
+        module, tensor: which operand.
+        recipe: canonical name of the recipe that quantised it last.
+        format: its element format then.
+        steps: logged steps, ascending.
+        amax: amax in each of them; an upper bound where `bound`.
+        bound: only a bound of the amax can be known (block scales, scales rounded to powers of two).
+        scale: first and last scale, None under block scaling.
+        headroom: binades between the scaled amax and the format's largest value in the last step:
+            log2(fp8_max / (amax x scale)); below 0 the largest elements saturated. None under block scaling,
+            where each block uses its range by construction.
+        saturated: logged steps whose amax, under the scale in force, lay beyond the format's largest value.
+        spread: binades between the largest and the smallest block scale in the last step: the range that one
+            scale for the whole tensor would have to cover. None for per-tensor scaling.
+        window: the last amax history window, oldest first; None unless delayed.
+        non_finite: logged steps whose amax was NaN or Inf.
+    """
+
+    module: str
+    tensor: str
+    recipe: str
+    format: str
+    steps: tuple[int, ...]
+    amax: tuple[float, ...]
+    bound: bool
+    scale: tuple[float, float] | None
+    headroom: float | None
+    saturated: int
+    spread: float | None
+    window: tuple[float, ...] | None
+    non_finite: int
+
+    @property
+    def growth(self) -> float:
+        """Last amax over the first, NaN when that says nothing."""
+        first, last = self.amax[0], self.amax[-1]
+        return last / first if first > 0 and math.isfinite(first) and math.isfinite(last) else math.nan
+
+
+def effects(table: pa.Table, order: Sequence[str] = ()) -> list[TensorEffect]:
+    """The effect on every operand in a telemetry table.
+
+    Args:
+        table: from `store.read`.
+        order: module paths in the order of the model; modules that are not among them come by name.
+    """
+    position = {module: index for index, module in enumerate(order)}
+    # operand -> (stat -> step -> value); parts of the store ascend by step, so the last recipe wins.
+    numbers: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    kinds: dict[tuple[str, str], tuple[int, str, str]] = {}
+    windows: dict[tuple[str, str], tuple[int, tuple[float, ...]]] = {}
+    columns = [table.column(name).to_pylist() for name in table.column_names]
+    for step, module, tensor, stat, recipe, fmt, value, values in zip(*columns, strict=True):
+        key = (module, tensor)
+        if key not in kinds or kinds[key][0] <= step:
+            kinds[key] = (step, recipe, fmt)
+        if values is not None:
+            if key not in windows or windows[key][0] <= step:
+                windows[key] = (step, tuple(values))
+        elif value is not None:
+            numbers.setdefault(key, {}).setdefault(stat, {})[step] = value
+    return [
+        _effect(key, kinds[key][1:], numbers[key], windows.get(key, (0, None))[1])
+        for key in sorted(numbers, key=lambda key: (position.get(key[0], len(position)), _order(key)))
+        if "amax" in numbers[key] or "amax_bound" in numbers[key]
+    ]
+
+
+def _effect(
+    key: tuple[str, str],
+    kind: tuple[str, str],
+    stats: Mapping[str, Mapping[int, float]],
+    window: tuple[float, ...] | None,
+) -> TensorEffect:
+    recipe, fmt = kind
+    amax = {**stats.get("amax_bound", {}), **stats.get("amax", {})}
+    steps = sorted(amax)
+    last = steps[-1]
+    largest = FP8_MAX.get(fmt, math.nan)
+    scales = stats.get("scale", {})
+    # How far the scaled amax lies below the largest value, in the steps that have both.
+    ratios = {step: amax[step] * scales[step] / largest for step in steps if step in scales}
+    ratio = ratios.get(last, 0.0)
+    scaled = sorted(scales)
+    low, high = stats.get("scale_inv_min", {}).get(last, 0.0), stats.get("scale_inv_max", {}).get(last, 0.0)
+    return TensorEffect(
+        module=key[0],
+        tensor=key[1],
+        recipe=recipe,
+        format=fmt,
+        steps=tuple(steps),
+        amax=tuple(amax[step] for step in steps),
+        bound=last in stats.get("amax_bound", {}),
+        scale=(scales[scaled[0]], scales[scaled[-1]]) if scaled else None,
+        headroom=-math.log2(ratio) if recipe == "delayed" and 0 < ratio < math.inf else None,
+        # Current scaling rounds amax x scale to the format's largest value or a hair beyond.
+        saturated=sum(ratio > 1.0 + 1e-5 for ratio in ratios.values()) if recipe == "delayed" else 0,
+        spread=math.log2(high / low) if 0 < low <= high < math.inf else None,
+        window=window,
+        non_finite=sum(not math.isfinite(value) for value in amax.values()),
+    )
+
+
+def _order(key: tuple[str, str]) -> tuple[list[tuple[int, int, str]], int]:
+    """Numbers in a path compare as numbers: layer 10 comes after layer 9."""
+    module, tensor = key
+    path = [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in module.split(".")]
+    return path, TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS)

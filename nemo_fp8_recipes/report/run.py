@@ -1,0 +1,99 @@
+"""Reading a run directory, finished or still growing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_fp8_recipes.errors import Fp8Error, ReportError
+from nemo_fp8_recipes.injection.rows import Manifest
+from nemo_fp8_recipes.telemetry import store
+from nemo_fp8_recipes.training.metrics import read_metrics
+from nemo_fp8_recipes.training.run_directory import read_run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Run", "load"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind so far.
+
+    Attributes:
+        path: the run directory.
+        record: `run.json`.
+        metrics: rows of `metrics.jsonl`, ascending by step; a number that was not finite is None.
+        manifest: what each module did, None before the first step has ended.
+        telemetry: rows of the telemetry store.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    manifest: Manifest | None
+    telemetry: pa.Table
+
+    @property
+    def recipe(self) -> str:
+        """Canonical name of the recipe that was asked for."""
+        return str(self.record.get("recipe", {}).get("name", "unknown"))
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every logged step with a finite loss."""
+        return [(row["step"], row["loss"]) for row in self.metrics if row.get("loss") is not None]
+
+
+def load(path: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ReportError: not a run directory, a damaged file, or a schema this installation is too old for. The
+            message names the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ReportError(
+            f"{path} is not a directory." if path.exists() else f"There is no directory {path}.",
+            value=str(path),
+            hint="Give the run directory that `nemo-fp8 train` printed.",
+        )
+    try:
+        record = read_run(path)
+    except ReportError:
+        raise
+    except Fp8Error as error:
+        raise ReportError(error.message, value=str(path), allowed=error.allowed, hint=error.hint) from error
+    return Run(
+        path,
+        record,
+        tuple(_metrics(path / "metrics.jsonl")),
+        _manifest(path / "manifest.json"),
+        store.read(path, stat=None),
+    )
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_metrics(path)
+        for row in rows:
+            int(row["step"])
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path} is damaged: {error!r}.", value=str(path)) from error
+    return rows
+
+
+def _manifest(path: Path) -> Manifest | None:
+    if not path.exists():
+        return None
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except ReportError as error:
+        raise ReportError(f"{path}: {error.message}", value=str(path), hint=error.hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} cannot be read: {error}.", value=str(path)) from error

@@ -53,8 +53,8 @@ def test_rowwise_equals_torchao(torchao_rceil, dtype: torch.dtype) -> None:
     x[:, ::37] = 0.0
     x[7] = 0.0
     x[8] *= 2.0**-100
-    # Blocks whose amax is a power of two or 448 times one, and the next bf16 numbers above these. The next fp32
-    # numbers are left to the scalar rule: on CPUs torchao takes an fp32 log2, which cannot tell them apart.
+    # Blocks whose amax is a power of two or 448 times one, and the next bf16 numbers above these. The next
+    # fp32 numbers are left to the scalar rule: on CPUs torchao takes an fp32 log2, too coarse for them.
     powers = torch.exp2(torch.arange(-30, 34).float())
     for row, factor in ((0, 1.0), (64, 448.0), (128, 1.0078125), (192, 450.0)):
         peaks = powers * factor

@@ -72,6 +72,8 @@ class Trainer:
     """Called on every rank after each `log_every`-th step, the first and the last."""
     after_first_step: Callable[[], None]
     """Called on every rank once the manifest has been read back."""
+    before_save: Callable[[], None]
+    """Called on every rank before a checkpoint, so that what was logged up to it is on disk too."""
 
     def run(self, start: Position, interruption: Interruption, line: ProgressLine) -> Outcome:
         """Train from `start` to the last step. Collective.
@@ -93,11 +95,15 @@ class Trainer:
             if position.step == start.step + 1:
                 self.after_first_step()
             if self._save_due(position.step):
-                self.checkpointer.save(position)
+                self._save(position)
                 saved = position.step
         if self.settings.save_every and position.step > saved:
-            self.checkpointer.save(position)
+            self._save(position)
         return Outcome(position, finished=position.step >= last, signal=stopped)
+
+    def _save(self, position: Position) -> None:
+        self.before_save()
+        self.checkpointer.save(position)
 
     def _save_due(self, step: int) -> bool:
         every = self.settings.save_every

@@ -75,6 +75,8 @@ def check_config(recipe: Recipe, config: Any) -> None:
     check_kind(recipe, config)
     if recipe.precision == "bf16":
         return
+    if recipe.name == "delayed":
+        _check_delayed(config)
     fields = recipe.megatron()
     for field, meant in _ACTED_ON_BY_MEGATRON.items():
         wanted = fields.get(field, meant)
@@ -91,8 +93,6 @@ def check_config(recipe: Recipe, config: Any) -> None:
             allowed=[wanted],
             hint="Set the config from recipe.megatron(), or the recipe's own option of that name.",
         )
-    if recipe.name == "delayed":
-        _check_delayed(config)
 
 
 def _check_delayed(config: Any) -> None:

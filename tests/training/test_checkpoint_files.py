@@ -1,0 +1,124 @@
+"""Checkpoint directories: complete or not, intact or not, safe or not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_fp8_recipes.errors import CheckpointError
+from nemo_fp8_recipes.training.checkpoint import directory as checkpoints
+from nemo_fp8_recipes.training.checkpoint import safe_load
+
+JOB = {"model.num_layers": 2, "fp8_recipe.name": "delayed", "training.seed": 1}
+
+
+def save(parent: Path, step: int, content: bytes = b"weights") -> Path:
+    """A directory as a finished save leaves it."""
+    path = checkpoints.checkpoint_path(parent, step)
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(content)
+    (path / "common.pt").write_bytes(b"common")
+    files = checkpoints.digest_files(path, ["__0_0.distcp", "common.pt"])
+    checkpoints.write_marker(path, checkpoints.CompleteMarker(step, JOB, {"torch": "2"}, files))
+    return path
+
+
+def test_only_a_marked_directory_is_a_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints.newest_checkpoint(tmp_path / "none") is None
+    older = save(tmp_path, 9)
+    newer = save(tmp_path, 1_000_000)
+    assert checkpoints.newest_checkpoint(tmp_path) == newer
+    (newer / "complete.json").unlink()  # as a save that was killed leaves it
+    assert checkpoints.newest_checkpoint(tmp_path) == older
+    with pytest.raises(CheckpointError, match="its save did not end"):
+        checkpoints.read_marker(newer)
+
+
+def test_pruning_keeps_the_newest_complete_ones_and_what_it_does_not_know(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / "step_000005").mkdir()  # incomplete
+    (tmp_path / "notes").mkdir()
+    checkpoints.prune(tmp_path, keep=2, newest=4)
+    assert sorted(os.listdir(tmp_path)) == ["notes", "step_000003", "step_000004"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"weightz"), "has other content"),
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"weig"), "has 4 bytes instead of 7"),
+        (lambda path: (path / "common.pt").unlink(), "common.pt is missing"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, damage, says: str) -> None:
+    path = save(tmp_path, 3)
+    files = checkpoints.read_marker(path).files
+    assert checkpoints.find_damage(path, files) is None
+    damage(path)
+    found = checkpoints.find_damage(path, files)
+    assert found is not None
+    assert says in found
+    with pytest.raises(CheckpointError, match="is corrupt") as caught:
+        checkpoints.require_intact(path, [found])
+    assert "Delete that directory" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 1}'])
+def test_a_marker_that_cannot_be_read_is_a_checkpoint_error(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, 3)
+    (path / "complete.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"complete\.json"):
+        checkpoints.read_marker(path)
+
+
+def test_another_configuration_is_refused_naming_what_differs(tmp_path: Path) -> None:
+    checkpoints.require_same_job(tmp_path, JOB, dict(JOB))
+    with pytest.raises(CheckpointError, match=r"model\.num_layers was 2, is 4") as caught:
+        checkpoints.require_same_job(tmp_path, JOB, {**JOB, "model.num_layers": 4})
+    assert caught.value.key == "model.num_layers"
+    with pytest.raises(CheckpointError, match=r"fp8_recipe\.margin was None, is 1"):
+        checkpoints.require_same_job(tmp_path, JOB, {**JOB, "fp8_recipe.margin": 1})
+
+
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+def test_metadata_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match="not safe to load"):
+        safe_load.check_metadata(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", pickle.dumps([1])[:-2]])
+def test_metadata_that_is_no_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        safe_load.check_metadata(tmp_path)
+
+
+def test_objects_that_would_run_code_are_refused_even_when_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "object.pt"
+    torch.save([Payload(tmp_path / "ran")], file)
+    with safe_load.weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    assert safe_load.FORCE_WEIGHTS_ONLY not in os.environ
+
+
+def test_torchs_opposite_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(safe_load.FORCE_UNRESTRICTED, "1")
+    with pytest.raises(CheckpointError, match="lets checkpoints run code"), safe_load.weights_only():
+        pass

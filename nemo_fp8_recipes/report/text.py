@@ -158,13 +158,14 @@ def _table(groups: Sequence[Sequence[TensorEffect]], console: Console, *, unicod
             table.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
         for cells in zip(*(column.cells for column in shown), strict=True):
             table.add_row(*cells)
-        width = Measurement.get(console, console.options, table).maximum
+        width = Measurement.get(console, console.options.update(max_width=_UNLIMITED), table).maximum
         if width <= console.width or len(left_out) == len(_DISPENSABLE):
             return table
         left_out.append(_DISPENSABLE[len(left_out)])
 
 
 _DISPENSABLE = ("Change", "Scale", "Trend")
+_UNLIMITED = 10_000
 
 
 class _Column(NamedTuple):
@@ -260,7 +261,7 @@ def _remarks(found: Sequence[TensorEffect]) -> Iterator[str]:
     if broken:
         yield (
             f"{len(broken)} tensors had an amax of NaN or Inf, among them {broken[0].module} "
-            f"{broken[0].tensor}; under delayed scaling an Inf freezes the scale until it leaves the history."
+            f"{broken[0].tensor}; an Inf freezes a delayed scale until it leaves the history."
         )
     grown = [effect for effect in found if math.isfinite(effect.growth) and effect.growth >= 8]
     if grown:

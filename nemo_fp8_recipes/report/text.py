@@ -245,7 +245,7 @@ def _legend(found: Sequence[TensorEffect], groups: Sequence[Sequence[TensorEffec
     if any(effect.headroom is not None for effect in found):
         yield "Headroom: binades left above the scaled amax in the last step; below 0 elements saturate."
     if any(effect.spread is not None for effect in found):
-        yield "Blocks: largest over smallest block scale in the last step; a single scale would have to span it."
+        yield "Blocks: largest over smallest block scale in the last step, which a single scale has to span."
 
 
 def _remarks(found: Sequence[TensorEffect]) -> Iterator[str]:

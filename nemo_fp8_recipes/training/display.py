@@ -91,19 +91,18 @@ def farewell(
     console: Console,
     run_dir: Path,
     *,
-    losses: tuple[float, float] | None,
     held_out: float | None,
+    tensorboard: bool,
     resumable: bool,
 ) -> None:
-    """The last lines: what the loss was and is, where everything lies and how to look at it."""
+    """The last lines, after the report: the held-out loss, where everything lies and how to look at it."""
     shown = _shortest(run_dir)
     rows: dict[str, str] = {}
-    if losses is not None:
-        rows["loss"] = f"{losses[0]:.4f} at the start, {losses[1]:.4f} at the end"
     if held_out is not None:
-        rows["held-out loss"] = f"{held_out:.4f} on text never trained on"
+        rows["held-out loss"] = f"{held_out:.4f} on sequences never trained on"
     rows["run directory"] = shown
-    rows["TensorBoard"] = f"tensorboard --logdir {shown}/tensorboard"
+    if tensorboard:
+        rows["TensorBoard"] = f"tensorboard --logdir {shown}/tensorboard"
     rows["report"] = f"nemo-fp8 report --text {shown}"
     if resumable:
         rows["go on"] = f"nemo-fp8 train training.resume={shown} … (with the same overrides)"

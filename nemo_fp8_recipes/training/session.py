@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training import display
-from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position
+from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position, verify
 from nemo_fp8_recipes.training.data import BatchPlan, Dataset, build_dataset
 from nemo_fp8_recipes.training.distributed import (
     ParallelSizes,
@@ -91,20 +91,25 @@ class _Session:
         with ExitStack() as stack:
             dataset = self._dataset()
             path, checkpoint = self._open_run(stack)
+            job = self.settings.job_identity(
+                data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()
+            )
+            if checkpoint is not None:
+                verify(checkpoint, job)
             try:
-                return self._train(dataset, path, checkpoint)
+                return self._train(dataset, path, checkpoint, job)
             except BaseException as error:
                 if self.run_dir is not None:
                     _record_failure(self.run_dir, error)
                 raise
 
-    def _train(self, dataset: Dataset, path: Path, checkpoint: Path | None) -> int:
+    def _train(self, dataset: Dataset, path: Path, checkpoint: Path | None, job: dict[str, Any]) -> int:
         settings = self.settings
         with (
             watch_signals() as interruption,
             Fp8Run(settings.recipe, telemetry=self._telemetry(path)) as fp8_run,
         ):
-            trainer = self._build(dataset, path, fp8_run)
+            trainer = self._build(dataset, path, job, fp8_run)
             start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
             self._start_record(path, start, resumed=checkpoint is not None)
             fp8_run.model_built(trainer.model)
@@ -146,7 +151,7 @@ class _Session:
         path, checkpoint = agree(opened)
         return Path(path), Path(checkpoint) if checkpoint else None
 
-    def _build(self, dataset: Dataset, path: Path, fp8_run: Fp8Run) -> Trainer:
+    def _build(self, dataset: Dataset, path: Path, job: dict[str, Any], fp8_run: Fp8Run) -> Trainer:
         from megatron.core.distributed import finalize_model_grads
 
         settings, model, training = self.settings, self.settings.model, self.settings.training
@@ -179,7 +184,7 @@ class _Session:
             scheduler=scheduler,
             recipe=settings.recipe,
             device=self.device,
-            job=settings.job_identity(data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()),
+            job=job,
             versions=dict(self.invocation.versions),
             keep=training.keep_checkpoints,
         )
@@ -271,7 +276,13 @@ class _Session:
         resumable = not outcome.finished and self.settings.training.save_every > 0
         for sink, values in (self.recorder.lost if self.recorder is not None else {}).items():
             self.console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
-        display.farewell(self.console, path, losses=losses, held_out=held_out, resumable=resumable)
+        display.farewell(
+            self.console,
+            path,
+            held_out=held_out,
+            tensorboard=(path / "tensorboard").is_dir(),
+            resumable=resumable,
+        )
 
     def _telemetry(self, path: Path) -> Callable[[Any], Recorder] | None:
         """How `Fp8Run` attaches telemetry to the built model; None when it is switched off."""

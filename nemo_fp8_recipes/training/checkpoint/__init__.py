@@ -11,7 +11,7 @@ may do."""
 
 from __future__ import annotations
 
-from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position
+from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
 from nemo_fp8_recipes.training.checkpoint.directory import newest_checkpoint
 
-__all__ = ["Checkpointer", "Position", "newest_checkpoint"]
+__all__ = ["Checkpointer", "Position", "newest_checkpoint", "verify"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-__all__ = ["Checkpointer", "Position"]
+__all__ = ["Checkpointer", "Position", "verify"]
 
 # Megatron's names for how sharded states are laid out. Sharding by data-parallel bucket needs no gather when
 # saving.
@@ -36,6 +37,29 @@ class Position:
 
     step: int = 0
     consumed: int = 0
+
+
+def verify(path: Path, job: Mapping[str, Any]) -> None:
+    """Check that the checkpoint in `path` is complete, of this `job`, safe to load and intact, reading its
+    files shared out over the ranks. Collective: raises on every rank or on none.
+
+    Raises:
+        CheckpointError: it is not; says which and why.
+    """
+
+    def inspect() -> dict[str, dict[str, Any]]:
+        marker = directories.read_marker(path)
+        directories.require_same_job(path, marker.job, job)
+        return marker.files
+
+    files = agree(inspect)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = [name for index, name in enumerate(files) if index % ranks == rank]
+    damage = directories.find_damage(path, {name: files[name] for name in own})
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, damage)
+    agree(lambda: directories.require_intact(path, [text for text in found if text]))
+    agree(lambda: safe_load.check_metadata(path))
 
 
 @dataclass(frozen=True)
@@ -82,15 +106,15 @@ class Checkpointer:
         return path
 
     def load(self, path: Path) -> Position:
-        """Put the state saved in `path` in place. Collective; before the first forward pass.
+        """Put the state saved in `path`, which `verify` has passed, in place. Collective; before the first
+        forward pass.
 
         Raises:
-            CheckpointError: incomplete, corrupt, unsafe, or of another configuration.
+            CheckpointError: it cannot be loaded into this model.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.safe_globals import register_safe_globals
 
-        self._verify(path)
         register_safe_globals()
         try:
             with safe_load.weights_only():
@@ -136,24 +160,6 @@ class Checkpointer:
         agree(write)
 
     # -- loading -----------------------------------------------------------------------------------------
-
-    def _verify(self, path: Path) -> None:
-        """Check job, metadata and files, the files shared out over the ranks. Raises on every rank or on
-        none."""
-
-        def inspect() -> dict[str, dict[str, Any]]:
-            marker = directories.read_marker(path)
-            directories.require_same_job(path, marker.job, self.job)
-            safe_load.check_metadata(path)
-            return marker.files
-
-        files = agree(inspect)
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        own = [name for index, name in enumerate(files) if index % ranks == rank]
-        damage = directories.find_damage(path, {name: files[name] for name in own})
-        found: list[Any] = [None] * ranks
-        dist.all_gather_object(found, damage)
-        agree(lambda: directories.require_intact(path, [text for text in found if text]))
 
     def _put(self, state: dict[str, Any]) -> None:
         own = state["rank"]

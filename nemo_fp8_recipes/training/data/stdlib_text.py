@@ -100,7 +100,9 @@ def _read(root: Path, config: StdlibTextConfig) -> tuple[bytes, bytes, int]:
             f"little to train on and to hold out every {config.held_out_every}th file.",
             key="data.path",
             value=str(root),
-            hint="Some distributions install Python without its sources: set data.path, or use data=mock.",
+            hint="Set a larger data.max_bytes or a smaller data.held_out_every."
+            if room <= 0
+            else "Some distributions install Python without its sources: set data.path, or use data=mock.",
         )
     return bytes(train), bytes(held_out), used
 

@@ -1,0 +1,72 @@
+"""Changing a module right after it is first imported, before anyone reads it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+
+__all__ = ["after_import"]
+
+
+def after_import(ledger: PatchLedger, name: str, change: Callable[[ModuleType], None], reason: str) -> None:
+    """Call `change(module)` when the module `name` has been executed for the first time.
+
+    The module must not be imported yet. The hook removes itself once it has run.
+    """
+    finder = _Finder(name, change)
+    sys.meta_path.insert(0, finder)
+    ledger.add(f"import of {name}", reason, finder.remove)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._change = change
+
+    def remove(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        self.remove()
+        for finder in sys.meta_path:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        if spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._change)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, real: importlib.abc.Loader, change: Callable[[ModuleType], None]) -> None:
+        self._real = real
+        self._change = change
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module has its real loader: nothing of ours stays behind in it.
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._real
+        module.__loader__ = self._real
+        self._real.exec_module(module)
+        self._change(module)

@@ -1,0 +1,109 @@
+"""Putting the emulated device in place, and taking it away."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nemo_fp8_recipes.emulation.devices import EmulatedDevice, device
+from nemo_fp8_recipes.emulation.ledger import Patch, PatchLedger
+from nemo_fp8_recipes.errors import EmulationError
+
+__all__ = ["active", "emulated", "install", "label", "patches", "uninstall"]
+
+_active: EmulatedDevice | None = None
+_ledger = PatchLedger()
+
+
+def active() -> EmulatedDevice | None:
+    """The posing device of this process, or None."""
+    return _active
+
+
+def label() -> str | None:
+    """What records say of the device: "emulated h100"; None where nothing is emulated."""
+    return None if _active is None else _active.label
+
+
+def patches() -> tuple[Patch, ...]:
+    """Everything the emulated device changed in other modules, with the reasons."""
+    return tuple(_ledger)
+
+
+def install(name: str = "h100") -> EmulatedDevice:
+    """Make this process run on the emulated device, posing as the GPU `name`.
+
+    Call it before Transformer Engine or Megatron-Core is imported; it imports `transformer_engine.pytorch`.
+    Calling it again for the same GPU changes nothing.
+
+    Raises:
+        EmulationError: unknown GPU; another one is installed; CUDA works here; Transformer Engine or
+        Megatron-Core is
+            imported already; Transformer Engine is missing or of a release that is not emulated.
+    """
+    global _active
+    wanted = device(name)
+    if _active is not None:
+        if _active == wanted:
+            return _active
+        raise EmulationError(
+            f"This process poses as {_active.name} already and cannot change to {wanted.name}.",
+            key="hardware",
+            value=name,
+            allowed=[_active.name],
+            hint="Use another process; Transformer Engine keeps what it found out about the device.",
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        raise EmulationError(
+            "CUDA works on this machine: the emulated device is for machines without a GPU.",
+            hint="To emulate here all the same, hide the GPUs with CUDA_VISIBLE_DEVICES= (empty).",
+        )
+    if "transformer_engine.pytorch" in sys.modules or "transformer_engine_torch" in sys.modules:
+        raise EmulationError(
+            "Transformer Engine is imported already; the emulated device must be installed before it.",
+            hint="Call nemo_fp8_recipes.emulation.install() first, or start the program with "
+            "python -m nemo_fp8_recipes.emulation.",
+        )
+    from nemo_fp8_recipes.emulation import distributed, megatron, torch_cuda
+    from nemo_fp8_recipes.emulation.te_import import import_transformer_engine
+
+    megatron.require_not_imported()
+    try:
+        torch_cuda.apply(_ledger, wanted)
+        distributed.apply(_ledger)
+        megatron.apply(_ledger)
+        import_transformer_engine(_ledger, wanted)
+    except BaseException:
+        _ledger.undo()
+        raise
+    _active = wanted
+    return wanted
+
+
+def uninstall() -> None:
+    """Take back every change, in reverse order.
+
+    Modules that were imported meanwhile keep what they looked up at import: what remains is a process that no
+    longer poses, not one that never did.
+    """
+    global _active
+    _ledger.undo()
+    _active = None
+
+
+@contextmanager
+def emulated(name: str = "h100") -> Iterator[EmulatedDevice]:
+    """`install` for the duration of a block.
+
+    In a process that poses as the same GPU already it changes nothing and leaves the device in place.
+    """
+    outermost = _active is None
+    posing = install(name)
+    try:
+        yield posing
+    finally:
+        if outermost:
+            uninstall()

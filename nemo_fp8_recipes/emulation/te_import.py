@@ -1,0 +1,199 @@
+"""Importing Transformer Engine's Python modules where its compiled libraries are not installed.
+
+TE looks for CUDA libraries and its own shared objects at import, unless NVTE_PROJECT_BUILDING is set. The
+variable is set in this process for the duration of the import only: a process that may use a GPU must never
+inherit it.
+
+TE also imports triton, onnx and onnxscript at module level, for kernels and an export that never run here.
+Where they are missing, placeholders stand in during the import and are gone after it, so that nobody who asks
+later whether triton is installed is told that it is.
+"""
+
+# ruff: noqa: ARG002 -- the signatures are importlib's
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nemo_fp8_recipes.emulation import binding
+from nemo_fp8_recipes.emulation.devices import EmulatedDevice
+from nemo_fp8_recipes.emulation.import_hook import after_import
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+from nemo_fp8_recipes.errors import EmulationError
+
+__all__ = ["import_transformer_engine", "transformer_engine_version"]
+
+_OPTIONAL = ("triton", "onnx", "onnxscript")
+
+_ENVIRONMENT = {
+    "NVTE_PROJECT_BUILDING": "1",
+    # TE's jit_fuser would compile small functions with a C++ compiler that a machine need not have.
+    "NVTE_TORCH_COMPILE": "0",
+}
+
+
+def transformer_engine_version() -> str:
+    """Version of the installed `transformer-engine`. Raises `EmulationError` when there is none."""
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        raise EmulationError(
+            "Transformer Engine is not installed; the emulated device needs its Python part.",
+            hint="Install it with: pip install 'nemo-fp8-recipes[cpu]'",
+        ) from None
+
+
+def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> None:
+    """Import `transformer_engine.pytorch` on top of the emulated binding.
+
+    Raises:
+        EmulationError: TE is not installed, of a release that is not emulated, or does not import.
+    """
+    module = binding.build(transformer_engine_version(), device)
+    ledger.put(
+        sys.modules,
+        binding.MODULE,
+        module,
+        "Transformer Engine's compiled module needs CUDA",
+        called="sys.modules",
+    )
+    after_import(
+        ledger,
+        "transformer_engine.common",
+        lambda common: setattr(common, "load_framework_extension", _load_framework_extension),
+        "the emulated binding is loaded already",
+    )
+    before = set(sys.modules)
+    _settle_triton()
+    try:
+        with _environment(), _placeholders(), warnings.catch_warnings():
+            # TE's docstrings of optional parts warn about what is not installed.
+            warnings.filterwarnings("ignore", module=r"transformer_engine(\.|$)")
+            importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, AttributeError) as error:
+        _forget_modules(before)
+        raise EmulationError(
+            f"Transformer Engine {transformer_engine_version()} does not import on the emulated device: "
+            f"{type(error).__name__}: {error}",
+            hint="Reinstall the tested set with: pip install 'nemo-fp8-recipes[cpu]'",
+        ) from error
+    ledger.add(
+        "sys.modules['transformer_engine*']",
+        "a later import on a real device must start afresh",
+        lambda: _forget_modules(before),
+    )
+
+
+def _load_framework_extension(framework: str) -> None:
+    """In place of TE's own, which opens the shared object `transformer_engine_<framework>`."""
+    if framework != "torch":
+        raise ImportError(f"transformer_engine_{framework} is not emulated")
+
+
+def _forget_modules(before: set[str]) -> None:
+    for name in [name for name in sys.modules if name not in before and _is_te(name)]:
+        del sys.modules[name]
+
+
+def _is_te(name: str) -> bool:
+    return name.split(".", 1)[0] == "transformer_engine"
+
+
+def _settle_triton() -> None:
+    """Let torch find out, and remember, whether triton is really there before a placeholder is."""
+    import torch.utils._triton
+
+    torch.utils._triton.has_triton_package()
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    added = [name for name in _ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: _ENVIRONMENT[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _placeholders() -> Iterator[None]:
+    missing = frozenset(name for name in _OPTIONAL if importlib.util.find_spec(name) is None)
+    finder = _PlaceholderFinder(missing)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".", 1)[0] in missing]:
+            del sys.modules[name]
+
+
+class _PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the missing optional packages, and every submodule asked for, as placeholders."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".", 1)[0] not in self._names:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _PlaceholderModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        return None
+
+
+class _PlaceholderModule(types.ModuleType):
+    __version__ = "0"  # TE asks triton for it at import; of its two branches the older one is the plainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder(f"{self.__name__}.{name}")
+
+
+class _Placeholder:
+    """A name of a package that is not installed: enough for decorators, annotations and class bodies at
+    import.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
+        """As a decorator returns the function; anything else makes another placeholder."""
+        if len(args) == 1 and isinstance(args[0], types.FunctionType):
+            return args[0]
+        return _Placeholder(f"{self._path}(…)")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder(f"{self._path}.{name}")
+
+    def __getitem__(self, _item: Any) -> Any:
+        raise NotImplementedError(f"{self._path.split('.', 1)[0]} is not installed ({self._path} was used).")
+
+    def __repr__(self) -> str:
+        return f"<{self._path}, not installed>"

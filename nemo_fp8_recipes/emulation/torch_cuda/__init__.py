@@ -1,0 +1,28 @@
+"""torch.cuda on a machine with no GPU: what code that expects one asks of torch, answered for the posing
+device.
+
+One concern a file; every change goes through a `PatchLedger`, with its reason:
+
+    queries.py      is there a device, which one, what are its properties
+    streams.py      streams, events, capture state, NVTX: work is done when it is issued, so waiting is free
+    memory.py       allocator statistics and cache control
+    random.py       the device's random state, which is the host's
+    placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
+"""
+
+from __future__ import annotations
+
+from nemo_fp8_recipes.emulation.devices import EmulatedDevice
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+from nemo_fp8_recipes.emulation.torch_cuda import memory, placement, queries, random, streams
+
+__all__ = ["apply"]
+
+
+def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
+    """Make torch answer as if it ran on `device`."""
+    placement.apply(ledger)
+    queries.apply(ledger, device)
+    streams.apply(ledger)
+    memory.apply(ledger, device)
+    random.apply(ledger)

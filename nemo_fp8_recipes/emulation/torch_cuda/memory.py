@@ -1,0 +1,78 @@
+"""Memory of the posing device. Nothing is allocated there, so nothing is in use; its size is the data
+sheet's.
+"""
+
+# ruff: noqa: ARG001 -- the signatures are torch's
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nemo_fp8_recipes.emulation.devices import EmulatedDevice
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+
+__all__ = ["apply"]
+
+_NOTHING_TO_DO = (
+    "empty_cache",
+    "ipc_collect",
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "reset_max_memory_cached",
+    "reset_accumulated_memory_stats",
+    "set_per_process_memory_fraction",
+)
+_NOTHING_IN_USE = (
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "utilization",
+    "memory_usage",
+)
+
+
+def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
+    """Stand in for the allocator's functions."""
+    total = device.properties.total_memory
+    reason = "there is no CUDA allocator"
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        return (total, total)
+
+    def memory_stats(device: Any = None) -> dict[str, int]:
+        return defaultdict(int)
+
+    def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
+        return "The device is emulated: no device memory is in use."
+
+    @contextmanager
+    def use_mem_pool(pool: Any, device: Any = None) -> Iterator[None]:
+        yield
+
+    for function in (mem_get_info, memory_stats, memory_summary, use_mem_pool):
+        _everywhere(ledger, function.__name__, function, reason)
+    for name in _NOTHING_TO_DO:
+        _everywhere(ledger, name, _constant(name, None), reason)
+    for name in _NOTHING_IN_USE:
+        _everywhere(ledger, name, _constant(name, 0), reason)
+
+
+def _constant(name: str, value: Any) -> Callable[..., Any]:
+    # One function object per name: TorchDynamo's tables refuse one object under two names.
+    def function(*_args: Any, **_kwargs: Any) -> Any:
+        return value
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def _everywhere(ledger: PatchLedger, name: str, value: Any, reason: str) -> None:
+    ledger.set(torch.cuda, name, value, reason)
+    if hasattr(torch.cuda.memory, name):
+        ledger.set(torch.cuda.memory, name, value, reason)

@@ -1,0 +1,151 @@
+"""Where tensors live: `device="cuda"` makes a host tensor, and a host tensor says that it is on the device.
+
+Only the entry points that take a device are wrapped (torch's own list of tensor constructors, the `*_like`
+and `new_*` families, `Tensor.to`, `Tensor.cuda`, …). A `TorchFunctionMode` would catch them all in one place,
+but runs Python code around every torch operation of every step and holds only in the thread that entered it.
+
+`tensor.device` stays the truth ("cpu"). `Tensor.is_cuda` and `Tensor.type()` answer for the posing device
+when they are asked by anything but torch itself, whose own decisions need the truth.
+"""
+
+# ruff: noqa: ARG001 -- the signatures are torch's
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+
+__all__ = ["apply", "host"]
+
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_CPU = torch.device("cpu")
+
+
+def host(device: Any) -> Any:
+    """The device to use where `device` was asked for: the host for "cuda", "cuda:0", 0 or a cuda
+    `torch.device`.
+    """
+    if device is None:
+        return None
+    if isinstance(device, str):
+        return "cpu" if device.startswith("cuda") else device
+    if isinstance(device, torch.device):
+        return _CPU if device.type == "cuda" else device
+    if isinstance(device, int) and not isinstance(device, bool):
+        return _CPU  # an index means an accelerator, and the posing one is the only one
+    return device
+
+
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None:
+                kwargs["device"] = host(device)
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return redirected
+
+
+def apply(ledger: PatchLedger) -> None:
+    """Redirect what asks for a CUDA tensor to the host."""
+    constructors = torch.utils._device._device_constructors()  # torch caches it: it must see the originals
+    reason = "a tensor asked for on the device is made on the host"
+    for name in sorted({function.__name__ for function in constructors} | set(_LIKE)):
+        original = getattr(torch, name, None)
+        if original is not None:
+            ledger.set(torch, name, _redirected(original), reason)
+    for name in _NEW:
+        ledger.set(torch.Tensor, name, _redirected(getattr(torch.Tensor, name)), reason)
+    ledger.set(
+        torch.Tensor,
+        "_make_wrapper_subclass",
+        staticmethod(_redirected(torch.Tensor._make_wrapper_subclass)),
+        reason,
+    )
+    _redirect_moves(ledger)
+    _redirect_loading(ledger)
+    _answer_for_the_device(ledger)
+
+
+def _redirect_moves(ledger: PatchLedger) -> None:
+    to = torch.Tensor.to
+    reason = "moving to the device stays on the host"
+
+    @functools.wraps(to)
+    def redirected_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            first = args[0]
+            if isinstance(first, (str, torch.device, int)):
+                args = (host(first), *args[1:])
+        elif "device" in kwargs:
+            kwargs["device"] = host(kwargs["device"])
+        return to(self, *args, **kwargs)
+
+    def cuda(
+        self: torch.Tensor, device: Any = None, non_blocking: bool = False, **_kwargs: Any
+    ) -> torch.Tensor:
+        """Returns `self`, as it does on a GPU for a tensor that is there."""
+        return self
+
+    def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+        return self
+
+    def record_stream(self: torch.Tensor, stream: Any) -> None:
+        return None
+
+    ledger.set(torch.Tensor, "to", redirected_to, reason)
+    ledger.set(torch.Tensor, "cuda", cuda, reason)
+    ledger.set(torch.Tensor, "pin_memory", pin_memory, "there is no pinned memory without CUDA")
+    ledger.set(torch.Tensor, "record_stream", record_stream, "there are no CUDA streams")
+
+
+def _redirect_loading(ledger: PatchLedger) -> None:
+    load = torch.load
+    reason = "storages saved on a GPU, or asked for on one, are loaded to the host"
+
+    @functools.wraps(load)
+    def redirected_load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return load(f, "cpu" if map_location is None else host(map_location), *args, **kwargs)
+
+    ledger.set(torch, "load", redirected_load, reason)
+
+
+def _answer_for_the_device(ledger: PatchLedger) -> None:
+    type_of = torch.Tensor.type
+
+    def is_cuda(self: torch.Tensor) -> bool:
+        return self.device.type == "cpu" and not _asked_by_torch()
+
+    @functools.wraps(type_of)
+    def redirected_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            name: str = type_of(self)
+            if self.device.type != "cpu" or _asked_by_torch():
+                return name
+            return name.replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return type_of(self, dtype, *args, **kwargs)
+
+    ledger.set(torch.Tensor, "is_cuda", property(is_cuda), "modules refuse inputs that are not on the device")
+    ledger.set(
+        torch.Tensor, "type", redirected_type, "Megatron-Core recognises parameters by their CUDA type name"
+    )
+
+
+def _asked_by_torch() -> bool:
+    """Whether the code that called our caller belongs to torch."""
+    module = sys._getframe(2).f_globals.get("__name__", "")
+    return module == "torch" or module.startswith("torch.")

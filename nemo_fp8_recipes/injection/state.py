@@ -75,9 +75,9 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             allowed=[False],
         )
     state = _global()
-    ours = {id(t) for n in modules for t in _histories(n.module)}
-    for histories in state.global_amax_history_buffer.values():
-        if any(id(history) not in ours for history in histories):
+    ours = {entry for named in modules for entry in _buffer_entries(named.module)}
+    for key, histories in state.global_amax_history_buffer.items():
+        if any((key, position) not in ours for position in range(len(histories))):
             raise InjectionError(
                 "Other modules of this process use delayed scaling too, and Transformer Engine keeps one set "
                 "of buffers for all.",
@@ -97,17 +97,18 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
 def _reset_module(module: Any) -> None:
     for key in (*_MODULE_STATE, _manager().get_buffer_info()):
         module.fp8_meta.pop(key, None)
+    module.fp8_meta["fp8_checkpoint"] = False  # a checkpoint saved now has no quantisation state to hold
+    module.fp8 = False
     module.quantizers = {"scaling_fwd": [], "scaling_bwd": []}
     module.fp8_initialized = False
     module.fp8_meta_tensors_initialized = False
     module._fp8_workspaces.clear()  # weights quantised and cached for the micro-batches of a step
 
 
-def _histories(module: Any) -> Iterator[Any]:
-    for key in ("scaling_fwd", "scaling_bwd"):
-        history = getattr(module.fp8_meta.get(key), "amax_history", None)
-        if history is not None:
-            yield history
+def _buffer_entries(module: Any) -> Iterator[tuple[str, int]]:
+    """The entries of the global buffers that are a module's, as (key, position); kept flat the other way."""
+    flat = module.fp8_meta.get(_manager().get_buffer_info(), [])
+    yield from zip(flat[1::2], flat[0::2], strict=True)
 
 
 def _te_modules(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedModule]:

@@ -44,6 +44,6 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
         versions=installed_versions(),
         device_label=device.label,
-        emulated=device is not None,
+        emulated=device.emulated,
     )
     return run_session(settings, invocation)

@@ -1,22 +1,21 @@
-"""The block probe on scale arrays made by hand: padding never counts, and the work does not grow with modules."""
+"""The block probe on scale arrays made by hand: padding does not count, work does not grow with modules."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes import BlockProbe, Reading
 from nemo_fp8_recipes.telemetry.probes import blocks as blocks_module
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+from tests.telemetry.launches import Launches
 
 GARBAGE = 254
 
@@ -185,22 +184,6 @@ def test_swizzled_positions_follow_the_tiles(
     assert np.array_equal(found, wanted)
     transposed = swizzled[unpadded_positions(columns, rows, all_columns, all_rows, "columnwise")]
     assert np.array_equal(transposed, plain[:rows, :columns].T.reshape(-1))
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that a GPU would launch a kernel or a copy for: everything but views."""
-
-    VIEWS = ("view", "reshape", "detach", "slice", "select", "alias", "unsqueeze", "expand", "t", "transpose")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[1].split(".")[0].strip("_")
-        if name not in self.VIEWS:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (40, 96)])

@@ -76,7 +76,7 @@ def test_something_new_is_not_lost() -> None:
     assert {s.module: v.tolist() for s, v in later.items()} == {"a": [2.0], "z": [3.0]}
 
 
-# -- several ranks ---------------------------------------------------------------------------------------------
+# -- several ranks
 
 
 def _free_port() -> int:
@@ -137,7 +137,7 @@ def test_ranks_combine_shards_and_stages_on_the_writer(ranks: list[Any]) -> None
 
 
 def _late_and_empty(rank: int) -> list[dict[str, list[float]]]:
-    """Rank 1 has nothing at first, something later, and something new at last; the ranks' steps are the same."""
+    """Rank 1 has nothing at first and something new later; the ranks take the same steps."""
     exchange = Exchange(None, writer=rank == 0)
     mine = Reading((spec("a"),), torch.tensor([1.0])) if rank == 0 else None
     late = Reading((spec("expert"),), torch.tensor([7.0])) if rank == 1 else mine

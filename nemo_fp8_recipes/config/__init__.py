@@ -4,6 +4,7 @@
 """
 
 from nemo_fp8_recipes.config.compose import compose
+from nemo_fp8_recipes.config.hardware import load_hardware
 from nemo_fp8_recipes.config.overrides import alias_notes
 from nemo_fp8_recipes.config.paths import conf_dir, groups, options
 from nemo_fp8_recipes.config.schema import HardwareConfig, ParallelConfig, RootConfig, validate
@@ -16,6 +17,7 @@ __all__ = [
     "compose",
     "conf_dir",
     "groups",
+    "load_hardware",
     "options",
     "validate",
 ]

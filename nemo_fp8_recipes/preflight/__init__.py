@@ -1,0 +1,31 @@
+"""Will it run? Findings about recipe, device, shapes, versions and environment, before anything is built.
+
+Imports neither torch nor Transformer Engine.
+"""
+
+from nemo_fp8_recipes.preflight.finding import SEVERITIES, Finding, Severity, require, worst_first
+from nemo_fp8_recipes.preflight.hardware import posing_device, recipes_for, runs_on
+from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
+from nemo_fp8_recipes.preflight.job import check, check_job, job_input
+from nemo_fp8_recipes.preflight.registry import Rule, all_rules
+from nemo_fp8_recipes.preflight.shapes import ModelShape, Parallel
+
+__all__ = [
+    "SEVERITIES",
+    "Finding",
+    "Hardware",
+    "ModelShape",
+    "Parallel",
+    "PreflightInput",
+    "Rule",
+    "Severity",
+    "all_rules",
+    "check",
+    "check_job",
+    "job_input",
+    "posing_device",
+    "recipes_for",
+    "require",
+    "runs_on",
+    "worst_first",
+]

@@ -1,0 +1,1 @@
+"""The rules, one subject a file. Every module here is imported by `preflight.registry.all_rules`."""

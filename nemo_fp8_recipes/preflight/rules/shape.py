@@ -1,0 +1,119 @@
+"""Do the GEMMs of each rank have dimensions that the recipe takes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_fp8_recipes.preflight.inputs import PreflightInput
+from nemo_fp8_recipes.preflight.registry import Problem, rule
+from nemo_fp8_recipes.preflight.shapes import Demand, Linear, ModelShape, linears, unmet
+
+# Keys that change a dimension, the one to change first in front.
+_TOKENS = ("seq_length", "micro_batch_size")
+_OUTPUT = {
+    "self_attention.linear_qkv": ("num_attention_heads", "kv_channels"),
+    "self_attention.linear_proj": ("hidden_size",),
+    "mlp.linear_fc1": ("ffn_hidden_size",),
+    "mlp.linear_fc2": ("hidden_size",),
+}
+_INPUT = {
+    "self_attention.linear_qkv": ("hidden_size",),
+    "self_attention.linear_proj": ("num_attention_heads", "kv_channels"),
+    "mlp.linear_fc1": ("hidden_size",),
+    "mlp.linear_fc2": ("ffn_hidden_size",),
+}
+_GROUP = {"micro_batch_size": "training"}
+_SEARCH = 8192
+
+
+@rule(
+    "FP8-SHP-001",
+    "error",
+    "a GEMM dimension that the recipe cannot take",
+    source="transformer_engine/pytorch/utils.py, csrc/quantizer.cpp, common/gemm/cublaslt_gemm.cu",
+    versions="transformer-engine >= 2.0",
+)
+def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
+    if job.model is None:
+        return
+    told: set[tuple[str, int]] = set()
+    for linear, demand in unmet(job.recipe, job.hardware.capability, job.model, job.parallel):
+        keys = _keys(linear, demand)
+        if (keys[0], demand.multiple) in told:
+            continue  # one change of the key puts all its layers right
+        told.add((keys[0], demand.multiple))
+        noun = demand.dimension.removeprefix("local ")
+        ways = [way for key in keys if (way := _way_out(job, linear, demand, key))]
+        yield Problem(
+            message=f"{linear.name} has {linear.size(demand.dimension)} {noun} on each rank, and "
+            f"fp8_recipe={job.recipe.name} needs a multiple of {demand.multiple}: {demand.reason}.",
+            key=_dotted(keys[0]),
+            value=_value(job.model, keys[0]),
+            fix=f"Nearest that work: {'; '.join(ways)}." if ways else "Change the model or its parallelism.",
+            source=demand.source,
+        )
+
+
+def _keys(linear: Linear, demand: Demand) -> tuple[str, ...]:
+    if demand.dimension in ("tokens", "local tokens"):
+        return _TOKENS
+    return (_OUTPUT if demand.dimension == "output features" else _INPUT)[linear.name]
+
+
+def _dotted(key: str) -> str:
+    return f"{_GROUP.get(key, 'model')}.{key}"
+
+
+def _value(model: ModelShape, key: str) -> int:
+    return model.head_size if key == "kv_channels" else int(getattr(model, key))
+
+
+def _way_out(job: PreflightInput, linear: Linear, demand: Demand, key: str) -> str:
+    """The nearest values of `key`, below and above, that put this dimension of this layer right."""
+    assert job.model is not None
+    start = _value(job.model, key)
+    found = []
+    for step in (-1, 1):
+        for value in range(start + step, max(0, start + step * _SEARCH), step):
+            if _right(job, linear, demand, key, value):
+                found.append(str(value))
+                break
+    return f"{_dotted(key)}={' or '.join(found)}" if found else ""
+
+
+def _right(job: PreflightInput, linear: Linear, demand: Demand, key: str, value: int) -> bool:
+    assert job.model is not None
+    model = job.model.with_value(key, value)
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        return False
+    if model.num_attention_heads % model.num_query_groups or not _divides(model, job):
+        return False
+    changed = next(other for other in linears(model, job.parallel) if other.name == linear.name)
+    return changed.size(demand.dimension) % demand.multiple == 0
+
+
+def _divides(model: ModelShape, job: PreflightInput) -> bool:
+    tp, cp = job.parallel.tp, job.parallel.cp
+    sequence = (tp if job.parallel.sequence else 1) * (2 * cp if cp > 1 else 1)
+    return not (model.num_attention_heads % tp or model.ffn_hidden_size % tp or model.seq_length % sequence)
+
+
+@rule(
+    "FP8-SHP-002",
+    "warning",
+    "the quantised all-gather falls back to BF16",
+    source="transformer_engine/pytorch/distributed.py: _all_gather_fp8_blockwise",
+    versions="transformer-engine >= 2.3",
+)
+def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
+    if job.model is None or job.recipe.name != "blockwise" or not job.parallel.sequence:
+        return
+    for linear in linears(job.model, job.parallel):
+        if linear.name == "mlp.linear_fc1" and (linear.local_tokens % 128 or linear.input_features % 128):
+            yield Problem(
+                message=f"With {linear.local_tokens} tokens of {linear.input_features} features on each rank, "
+                "TE gathers activations in BF16: in FP8 it gathers whole blocks of 128 only.",
+                key="model.seq_length",
+                value=job.model.seq_length,
+                fix="Make tokens per rank and model.hidden_size multiples of 128.",
+            )

@@ -44,7 +44,12 @@ def check(job: PreflightInput) -> list[Finding]:
 
 
 def check_job(
-    config: DictConfig, environment: Mapping[str, str] | None = None, *, emulated: bool | None = None
+    config: DictConfig,
+    environment: Mapping[str, str] | None = None,
+    *,
+    emulated: bool | None = None,
+    runs_here: bool = True,
+    found: Hardware | None = None,
 ) -> list[Finding]:
     """The findings for a composed configuration on this machine.
 
@@ -54,13 +59,19 @@ def check_job(
         config: what `config.compose` returned.
         environment: the process environment; None: this process's.
         emulated: whether the device is emulated; None: as `device=` and this machine decide.
+        runs_here: whether the job runs on this machine, with the packages installed here.
+        found: the GPU that the job runs on, once it is known: it takes the place of hardware=auto.
 
     Raises:
         ConfigError: `preflight.ignore` names a code that does not exist.
         EmulationError: the device asked for cannot be had here.
     """
     ignored = _ignored(list(config.preflight.ignore))
-    findings = check(job_input(config, os.environ if environment is None else environment, emulated=emulated))
+    job = job_input(config, os.environ if environment is None else environment, emulated=emulated)
+    job = dataclasses.replace(job, runs_here=runs_here)
+    if found is not None and job.hardware.capability is None:
+        job = dataclasses.replace(job, hardware=found)
+    findings = check(job)
     return worst_first(_lighter(finding) if finding.code in ignored else finding for finding in findings)
 
 

@@ -111,8 +111,8 @@ def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
     for linear in linears(job.model, job.parallel):
         if linear.name == "mlp.linear_fc1" and (linear.local_tokens % 128 or linear.input_features % 128):
             yield Problem(
-                message=f"With {linear.local_tokens} tokens of {linear.input_features} features on each rank, "
-                "TE gathers activations in BF16: in FP8 it gathers whole blocks of 128 only.",
+                message=f"With {linear.local_tokens} tokens of {linear.input_features} features a rank, "
+                "TE gathers activations in BF16: in FP8 it gathers whole 128-blocks only.",
                 key="model.seq_length",
                 value=job.model.seq_length,
                 fix="Make tokens per rank and model.hidden_size multiples of 128.",

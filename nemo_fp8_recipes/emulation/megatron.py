@@ -1,13 +1,16 @@
-"""What Megatron-Core needs beyond torch.cuda: its functions that are compiled with torch.compile run
-uncompiled.
+"""What Megatron-Core needs beyond torch.cuda.
 
-Compiling them takes a C++ compiler, which a machine that only emulates need not have, and tens of seconds at
-the first step; the functions are element-wise and gain nothing at emulated sizes. `torch.compile` itself is
-left alone.
+Its functions that are compiled with torch.compile run uncompiled: compiling them takes a C++ compiler, which a
+machine that only emulates need not have, and tens of seconds at the first step, and element-wise functions gain
+nothing from it at emulated sizes. `torch.compile` itself is left alone.
+
+Its random-state tracker warns when the host's state changes inside a block that should only draw on the device;
+here the two are one state, which the tracker saves and restores itself.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType
 
@@ -30,9 +33,20 @@ def require_not_imported() -> None:
 
 
 def apply(ledger: PatchLedger) -> None:
-    """Arrange that Megatron-Core's `jit_fuser` leaves functions as they are."""
+    """Prepare for Megatron-Core's import."""
     after_import(ledger, "megatron.core.jit", _no_jit_fuser, "torch.compile needs a C++ compiler and time")
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(_not_about_one_state)
+    ledger.add(
+        f"logger {logger.name}",
+        "host and device share one random state",
+        lambda: logger.removeFilter(_not_about_one_state),
+    )
 
 
 def _no_jit_fuser(module: ModuleType) -> None:
     module.disable_jit_fuser()
+
+
+def _not_about_one_state(record: logging.LogRecord) -> bool:
+    return record.getMessage() != "CPU RNG state changed within GPU RNG context"

@@ -74,6 +74,18 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         lambda common: setattr(common, "load_framework_extension", _load_framework_extension),
         "the emulated binding is loaded already",
     )
+    after_import(
+        ledger,
+        "transformer_engine.pytorch.utils",
+        lambda utils: setattr(utils, "canonicalize_device", _canonicalize_device),
+        "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to tensors'",
+    )
+    after_import(
+        ledger,
+        "transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage",
+        _let_mxfp8_storages_stay,
+        "dequantize first moves a tensor of another device to CUDA, and internal storages have no `to`",
+    )
     before = set(sys.modules)
     _settle_triton()
     try:
@@ -99,6 +111,28 @@ def _load_framework_extension(framework: str) -> None:
     """In place of TE's own, which opens the shared object `transformer_engine_<framework>`."""
     if framework != "torch":
         raise ImportError(f"transformer_engine_{framework} is not emulated")
+
+
+def _canonicalize_device(device: Any) -> Any:
+    """In place of `transformer_engine.pytorch.utils.canonicalize_device`: the host for every CUDA device."""
+    import torch
+
+    from nemo_fp8_recipes.emulation.torch_cuda.placement import host
+
+    where = host(torch.get_default_device() if device is None else device)
+    return where if isinstance(where, torch.device) else torch.device(where)
+
+
+def _let_mxfp8_storages_stay(module: types.ModuleType) -> None:
+    """Give `MXFP8TensorStorage` the `to` that its dequantize calls; tensors keep torch's own."""
+    import torch
+
+    storage: Any = module.MXFP8TensorStorage
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return super(storage, self).to(*args, **kwargs) if isinstance(self, torch.Tensor) else self
+
+    storage.to = to
 
 
 def _forget_modules(before: set[str]) -> None:

@@ -3,6 +3,10 @@
 Follows Transformer Engine's `cast/mxfp8/quantize_mxfp8.cuh`, `util/ptx_arch_spec.cuh` (`float_to_e8m0`) and
 `util/ptx.cuh` (`exp2f_rcp`, `exp2f`). Rowwise and columnwise data are each quantised from high precision. The
 kernel asks for dimensions divisible by 32; ragged edges are quantised here as it would with its zero fill.
+
+A NaN does not reach the scale of its block and becomes a NaN code; a block of nothing but NaN has scale 0x00.
+One kernel differs there: `cast/mxfp8/specialized`, taken for bf16 and fp16 matrices that are quantised in
+both directions, gives a columnwise block of nothing but NaN the scale 0xFF. Its codes are NaN either way.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Slow scalar references for the quantisers, written from the rules in plain Python and numpy.
 
 Nothing here uses torch's arithmetic or the package: fp32 operations are numpy's, rounding to FP8 searches the
-table of representable values with exact fractions.
+table of representable values.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -41,9 +41,10 @@ def fp8_value(code: int, fmt: str) -> float:
 
 
 @cache
-def _positive_values(fmt: str) -> list[Fraction]:
-    values = [fp8_value(code, fmt) for code in range(0x80)]
-    return [Fraction(value) for value in values if math.isfinite(value)]
+def _positive_values(fmt: str) -> tuple[list[float], list[float]]:
+    """Finite values from zero up, and the midpoints between them; doubles hold all of them exactly."""
+    values = [value for code in range(0x80) if math.isfinite(value := fp8_value(code, fmt))]
+    return values, [(lower + upper) / 2 for lower, upper in itertools.pairwise(values)]
 
 
 def encode(value: float, fmt: str) -> int:
@@ -51,17 +52,10 @@ def encode(value: float, fmt: str) -> int:
     if math.isnan(value):
         return NAN_CODE
     sign = 0x80 if math.copysign(1.0, value) < 0 else 0
-    table = _positive_values(fmt)
-    if abs(value) >= table[-1]:
-        return sign | (len(table) - 1)
-    exact = Fraction(abs(value))
-    above = bisect.bisect_left(table, exact)
-    if table[above] == exact:
-        return sign | above
-    to_lower, to_upper = exact - table[above - 1], table[above] - exact
-    if to_lower == to_upper:
-        return sign | (above if above % 2 == 0 else above - 1)
-    return sign | (above if to_upper < to_lower else above - 1)
+    values, midpoints = _positive_values(fmt)
+    code = bisect.bisect_left(midpoints, abs(value))
+    tie = code < len(midpoints) and midpoints[code] == abs(value)
+    return sign | (code + 1 if tie and code % 2 else min(code, len(values) - 1))
 
 
 def amax(values: np.ndarray) -> np.float32:

@@ -56,7 +56,7 @@ def updates(draw: st.DrawFn) -> dict:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(updates())
 def test_update_equals_the_scalar_rule(case: dict) -> None:
     all_history, all_scale = torch.tensor(case["history"]), torch.tensor(case["scale"])

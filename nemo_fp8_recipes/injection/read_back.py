@@ -217,7 +217,7 @@ def _primary_weight_dtype(module: nn.Module) -> str | None:
 
 
 def _device_name() -> str:
-    """The device's own name; the emulated device answers "emulated ..."."""
+    """The name that torch gives the device; the emulated device says in it that it is emulated."""
     import torch
 
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"

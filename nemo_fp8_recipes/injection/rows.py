@@ -80,7 +80,7 @@ class ManifestRow:
             backward.
         reason_code: why the module is in high precision, one of `read_back.REASONS`; None when quantised.
         reason: the same in a sentence.
-        device: device that ran it; "emulated ..." on the emulated one.
+        device: name of the device that ran it; it says "emulated" on the emulated one.
     """
 
     module: str

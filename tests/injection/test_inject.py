@@ -240,18 +240,23 @@ def test_a_context_that_is_never_entered_is_noticed():
 
 
 def test_swapped_formats_are_noticed(monkeypatch):
-    """E5M2 forward and E4M3 backward: the loss would look the same."""
-    from transformer_engine.pytorch import quantization
+    """E5M2 for the input and E4M3 for the gradient: the loss looks the same."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.quantization import Float8CurrentScalingRecipeState
 
-    right = quantization.get_fp8_te_dtype
-    monkeypatch.setattr(
-        quantization, "get_fp8_te_dtype", lambda recipe, forward=True: right(recipe, not forward)
-    )
+    make = Float8CurrentScalingRecipeState.make_quantizers
+
+    def swapped(state):
+        quantizers = make(state)
+        wrong = tex.DType.kFloat8E5M2 if state.mode == "forward" else tex.DType.kFloat8E4M3
+        quantizers[0].dtype = type(quantizers[0].dtype).cast(wrong)
+        return quantizers
+
+    monkeypatch.setattr(Float8CurrentScalingRecipeState, "make_quantizers", swapped)
     recipe = recipes.load("tensorwise")
     model, _ = trained(recipe)
     assert {complaint.text for complaint in complaints(manifest(model), recipe)} == {
         "input has format=e5m2, the recipe says e4m3",
-        "weight has format=e5m2, the recipe says e4m3",
         "grad_output has format=e4m3, the recipe says e5m2",
     }
 
@@ -434,6 +439,8 @@ def test_the_manifest_knows_the_device_and_what_is_not_transformer_engines():
     recipe = recipes.load("mxfp8")
     model, _ = trained(recipe)
     found = manifest(model)
-    assert {row.device for row in found.rows} == {torch.cuda.get_device_name()}
+    (device,) = {row.device for row in found.rows}
+    assert "B200" in device
+    assert "emulated" in device
     assert found.row("output_layer").reason_code == "output_layer"
     assert found.row("decoder.layers.0.self_attention.core_attention").reason_code == "attention"

@@ -104,7 +104,8 @@ class DelayedScaling(_PerTensor):
         quantized = delayed.quantize_delayed(x, fmt, quantizer.scale)
         buffers = self._codes(quantizer, quantized.codes, quantized.scale_inv)
         live = quantizer.amax
-        live.copy_(torch.maximum(live, quantized.amax.view(live.shape)))
+        if live.numel() > 0:  # an empty tensor is C++'s null pointer: the amax is not wanted
+            live.copy_(torch.maximum(live, quantized.amax.view(live.shape)))
         return buffers
 
 

@@ -1,0 +1,1 @@
+"""Tests of the emulated binding, against computations that share nothing with it."""

@@ -1,0 +1,91 @@
+"""FP8 primary weights: shards, cast one by one, make the weight that is quantised whole."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from tests.emulation.binding import oracle
+from tests.emulation.binding.test_quantize import blockwise, delayed, mxfp8, tensorwise
+
+H, W = 160, 224
+CUTS = [0, 1000, 20000, 20001, H * W]
+
+
+@pytest.mark.parametrize("cuts", [CUTS, [0, H * W]])
+def test_blockwise_shards(te, tex, cuts):
+    weight = torch.randn(H, W)
+    amax, out = torch.zeros(2, 2), torch.zeros(H * W, dtype=torch.uint8)
+    for start, end in pairwise(cuts):
+        partial = torch.full((2, 2), -1.0)
+        tex.fp8_block_scaling_compute_partial_amax(weight.view(-1)[start:end], partial, H, W, start, 128)
+        amax = torch.maximum(amax, partial)
+    expected = oracle.blocks(weight, "e4m3", (128, 128))
+    scale = 1.0 / torch.from_numpy(expected.scale_inv)
+    np.testing.assert_array_equal(
+        amax.numpy(),
+        [[weight[i : i + 128, j : j + 128].abs().max().item() for j in (0, 128)] for i in (0, 128)],
+    )
+    for start, end in pairwise(cuts):
+        tex.fp8_block_scaling_partial_cast(
+            weight.view(-1)[start:end], out[start:end], scale, H, W, start, 128, te.DType.kFloat8E4M3
+        )
+    np.testing.assert_array_equal(out.view(H, W).numpy(), expected.codes)
+
+
+def test_mxfp8_shards(te, tex):
+    weight = torch.randn(H, W, dtype=torch.bfloat16)
+    rowwise, columnwise = torch.zeros(256, 8), torch.zeros(8, 256)
+    for start, end in pairwise(CUTS):
+        parts = torch.zeros(256, 8, dtype=torch.bfloat16), torch.zeros(8, 256, dtype=torch.bfloat16)
+        tex.mxfp8_scaling_compute_partial_amax(weight.view(-1)[start:end], *parts, H, W, start)
+        rowwise, columnwise = torch.maximum(rowwise, parts[0]), torch.maximum(columnwise, parts[1])
+    scales = [torch.zeros(256, 8, dtype=torch.uint8), torch.zeros(8, 256, dtype=torch.uint8)]
+    amaxes = [rowwise.to(torch.bfloat16), columnwise.to(torch.bfloat16)]
+    tex.multi_tensor_compute_scale_inv_e8m0(1, None, [amaxes, scales])
+    outputs = [torch.zeros(H * W, dtype=torch.uint8) for _ in range(2)]
+    for start, end in pairwise(CUTS):
+        tex.mxfp8_scaling_partial_cast(
+            weight.view(-1)[start:end], outputs[0][start:end], outputs[1][start:end], *scales, H, W, start
+        )
+    for output, expected in zip(
+        outputs, [oracle.mx(weight, "e4m3"), oracle.mx(weight, "e4m3", columnwise=True)], strict=True
+    ):
+        np.testing.assert_array_equal(output.view(H, W).numpy(), expected.codes)
+
+
+def test_mxfp8_dimensions(tex):
+    with pytest.raises(RuntimeError, match="rows must be divisible by 32"):
+        tex.mxfp8_scaling_compute_partial_amax(torch.ones(40), torch.ones(1), torch.ones(1), 40, 32, 0)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    if torch.distributed.is_initialized():
+        yield torch.distributed.new_group([torch.distributed.get_rank()])
+        return
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("maker", [delayed, tensorwise, mxfp8, lambda te: blockwise(te, dim=2)])
+def test_te_casts_master_weights(te, tex, maker, group):
+    """TE's own `quantize_master_weights`, which the distributed optimizer calls, writes the parameter in
+    place. It rounds the master weight to the parameter's dtype first."""
+    from transformer_engine.pytorch.tensor.utils import quantize_master_weights
+
+    weight = torch.randn(256, 128)
+    parameter = tex.quantize(torch.zeros(256, 128, dtype=torch.bfloat16), maker(te))
+    codes = parameter._data if hasattr(parameter, "_data") else parameter._rowwise_data
+    shard = codes.view(-1)[500:600]
+    quantize_master_weights([parameter], [weight.view(-1)], [0], group)
+    expected = tex.quantize(weight.to(torch.bfloat16), maker(te))
+    assert torch.equal(parameter.dequantize(), expected.dequantize())
+    assert torch.equal(shard, codes.view(-1)[500:600])

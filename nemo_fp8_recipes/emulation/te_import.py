@@ -78,13 +78,14 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         ledger,
         "transformer_engine.pytorch.utils",
         lambda utils: setattr(utils, "canonicalize_device", _canonicalize_device),
-        "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to tensors'",
+        "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to "
+        "tensors'",
     )
     after_import(
         ledger,
         "transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage",
         _let_mxfp8_storages_stay,
-        "dequantize first moves a tensor of another device to CUDA, and internal storages have no `to`",
+        "dequantize moves a tensor of another device to CUDA; internal storages have no `to`",
     )
     before = set(sys.modules)
     _settle_triton()

@@ -25,19 +25,16 @@ def plot(
     if not points:
         return []
     columns, rows = (2 * width, 4 * height) if unicode else (width, height)
-    heights = _column_means(points, columns)
-    low = min(y for y in heights if y is not None)
-    high = max(y for y in heights if y is not None)
+    heights = _joined(_column_means(points, columns))
+    low, high = min(heights), max(heights)
     span = high - low or 1.0
     on: set[tuple[int, int]] = set()
     previous: int | None = None
     for column, y in enumerate(heights):
-        if y is None:
-            continue
         row = round((high - y) / span * (rows - 1)) if high > low else rows // 2
         # A vertical stroke joins neighbouring columns, so that a steep curve stays one curve.
-        for filled in range(min(row, row if previous is None else previous), max(row, previous or row) + 1):
-            on.add((filled, column))
+        before = row if previous is None else previous
+        on.update((filled, column) for filled in range(min(row, before), max(row, before) + 1))
         previous = row
     labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     margin = max(map(len, labels))
@@ -75,6 +72,18 @@ def _column_means(points: Sequence[tuple[float, float]], columns: int) -> list[f
         position = (x - first) / (last - first) if last > first else 0.0
         found[min(columns - 1, int(position * columns))].append(y)
     return [sum(ys) / len(ys) if ys else None for ys in found]
+
+
+def _joined(heights: Sequence[float | None]) -> list[float]:
+    """The columns between two points on the straight line through them; before the first and after the last
+    point their own height. At least one column has a point.
+    """
+    known = [(column, y) for column, y in enumerate(heights) if y is not None]
+    joined = [known[0][1]] * len(heights)
+    for (left, low), (right, high) in zip(known, [*known[1:], (len(heights), known[-1][1])], strict=True):
+        for column in range(left, right):
+            joined[column] = low + (high - low) * (column - left) / (right - left)
+    return joined
 
 
 def _line(on: set[tuple[int, int]], row: int, width: int, *, unicode: bool) -> str:

@@ -172,6 +172,17 @@ def test_a_weight_cast_in_the_first_micro_batch_only_shows_that_cast() -> None:
     assert logged["m0", "input", "amax_history"] == [0.0, 1.0, 1.0, 3.0]
 
 
+def test_the_scale_is_the_one_the_last_cast_used() -> None:
+    updates = Updates(4, modules=1)
+    updates.run(torch.full((1, 3), 2.0))
+    updates.run(torch.full((1, 3), 4.0))
+    logged = updates.log()
+    # The first micro-batch was cast with 1, the second with the scale that the first one led to.
+    assert logged["m0", "input", "scale"] == 224.0
+    assert logged["m0", "input", "scale_next"] == 112.0
+    assert logged["m0", "input", "amax_history"] == [0.0, 0.0, 2.0, 4.0]
+
+
 def test_the_unfused_path_logs_the_same() -> None:
     fused, unfused = Updates(4), Updates(4)
     torch.manual_seed(3)

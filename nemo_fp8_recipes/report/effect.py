@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorEffect", "effects"]
 
+_ROUNDS_TO_MAX = {"e4m3": 464.0 / 448.0, "e5m2": 61440.0 / 57344.0}
+"""Scaled values up to this multiple of the largest value lose no more than any value does by rounding."""
+
 
 @dataclass(frozen=True)
 class TensorEffect:
@@ -30,7 +33,8 @@ class TensorEffect:
         headroom: binades between the scaled amax and the format's largest value in the last step:
             log2(fp8_max / (amax x scale)); below 0 the largest elements saturated. None under block scaling,
             where each block uses its range by construction.
-        saturated: logged steps whose amax, under the scale in force, lay beyond the format's largest value.
+        saturated: logged steps whose amax, under the scale in force, lay so far beyond the format's largest
+            value that more was lost than by rounding. Delayed scaling only.
         spread: binades between the largest and the smallest block scale in the last step: the range that one
             scale for the whole tensor would have to cover. None for per-tensor scaling.
         window: the last amax history window, oldest first; None unless delayed.
@@ -114,8 +118,9 @@ def _effect(
         bound=last in stats.get("amax_bound", {}),
         scale=(scales[scaled[0]], scales[scaled[-1]]) if scaled else None,
         headroom=-math.log2(ratio) if recipe == "delayed" and 0 < ratio < math.inf else None,
-        # Current scaling rounds amax x scale to the format's largest value or a hair beyond.
-        saturated=sum(ratio > 1.0 + 1e-5 for ratio in ratios.values()) if recipe == "delayed" else 0,
+        saturated=sum(ratio > _ROUNDS_TO_MAX.get(fmt, 1.0) for ratio in ratios.values())
+        if recipe == "delayed"
+        else 0,
         spread=math.log2(high / low) if 0 < low <= high < math.inf else None,
         window=window,
         non_finite=sum(not math.isfinite(value) for value in amax.values()),

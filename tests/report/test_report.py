@@ -24,8 +24,6 @@ from tests.report.runs import make
 def shown(path: Path, *, width: int = 120, all_layers: bool = False) -> str:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     console = Console(width=width, record=True, highlight=False, file=terminal)
-        width=width, record=True, highlight=False, file=open("/dev/null", "w", encoding="utf-8")
-    )
     text.render(path, console, all_layers=all_layers)
     return console.export_text()
 
@@ -192,5 +190,7 @@ def test_the_report_needs_no_torch(tmp_path: Path) -> None:
         "import sys; from nemo_fp8_recipes import cli; cli.main(['report', sys.argv[1]]); "
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False"

@@ -8,11 +8,13 @@ chosen.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fp8_recipes import emulation, preflight
+from nemo_fp8_recipes.config import alias_notes
+from nemo_fp8_recipes.preflight import Finding
 from nemo_fp8_recipes.training.settings import read_settings
 from nemo_fp8_recipes.training.versions import installed_versions
 
@@ -31,9 +33,13 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         Fp8Error: whatever the user can put right; its subclass says what kind of thing it is.
     """
     settings = read_settings(config)
-    findings = preflight.check_job(config)
+    emulated = emulation.should_start(settings.device, os.environ)
+    findings = preflight.check_job(config, emulated=emulated)
     preflight.require(findings)
-    device = emulation.switch(settings.device, settings.hardware, os.environ)
+    hardware = settings.hardware
+    if emulated:
+        hardware = {**hardware, "name": preflight.posing_device(settings.recipe, hardware["name"])}
+    device = emulation.switch(settings.device, hardware, os.environ)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.
     from nemo_fp8_recipes.training.session import Invocation, run_session
@@ -45,5 +51,11 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         versions=installed_versions(),
         device_label=device.label,
         emulated=device.emulated,
+        notes=(*alias_notes(overrides), *_worth_saying(findings)),
     )
     return run_session(settings, invocation)
+
+
+def _worth_saying(findings: Iterable[Finding]) -> list[str]:
+    """What preflight found that does not stop the job, a line each."""
+    return [f"{found.severity} [{found.code}] {found.sentence()}" for found in findings]

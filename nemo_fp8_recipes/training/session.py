@@ -61,6 +61,8 @@ class Invocation:
     device_label: str
     """"emulated b200", or the name of the GPU."""
     emulated: bool
+    notes: Sequence[str] = ()
+    """What the user should know before the first step: preflight's warnings, names that were translated."""
 
 
 def run_session(settings: Settings, invocation: Invocation) -> int:
@@ -251,6 +253,8 @@ class _Session:
         if start.step:
             rows["resumed"] = f"after step {start.step} of {settings.training.steps}"
         display.banner(self.console, rows)
+        for note in self.invocation.notes:
+            self.console.print(note, style="yellow", markup=False)
 
     # -- after the last step -----------------------------------------------------------------------------
 

@@ -87,6 +87,8 @@ class Checkpointer:
         """
         from megatron.core import dist_checkpointing
 
+        from nemo_fp8_recipes.training.checkpoint.save_strategy import save_strategy
+
         path = directories.checkpoint_path(self.checkpoints, position.step)
         agree(lambda: self._prepare(path))
         state = self._sharded_state(is_loading=False)
@@ -96,7 +98,9 @@ class Checkpointer:
             "scheduler": self.scheduler.state_dict(),
         }
         try:
-            dist_checkpointing.save(state, str(path), content_metadata=dict(LAYOUT))
+            dist_checkpointing.save(
+                state, str(path), sharded_strategy=save_strategy(), content_metadata=dict(LAYOUT)
+            )
         except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
             shutil.rmtree(path, ignore_errors=True)  # incomplete either way: it has no marker
             raise CheckpointError(

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError, nearest
+from nemo_fp8_recipes.launch import schema as launch_schema
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.training import schema as training_schema
 
@@ -91,6 +92,7 @@ class RootConfig:
 GROUPS: dict[str, type[Any] | Mapping[str, type[Any]]] = {
     **training_schema.GROUPS,
     **telemetry_schema.GROUPS,
+    **launch_schema.GROUPS,
     "parallel": ParallelConfig,
     "hardware": HardwareConfig,
 }

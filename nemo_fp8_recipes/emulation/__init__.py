@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from nemo_fp8_recipes.emulation import devices
 from nemo_fp8_recipes.emulation.devices import DEVICES, EmulatedDevice
-from nemo_fp8_recipes.emulation.install import active, emulated, install, label, patches, uninstall
-from nemo_fp8_recipes.emulation.switch import NativeDevice, check_hardware, should_start, switch
+from nemo_fp8_recipes.emulation.installation import active, emulated, install, label, patches, uninstall
+from nemo_fp8_recipes.emulation.selection import NativeDevice, check_hardware, should_start, switch
 from nemo_fp8_recipes.emulation.trace import trace
 
 __all__ = [

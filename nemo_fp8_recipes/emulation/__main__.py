@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_fp8_recipes.emulation.devices import DEVICES
-from nemo_fp8_recipes.emulation.install import install
+from nemo_fp8_recipes.emulation.installation import install
 from nemo_fp8_recipes.errors import Fp8Error
 
 

@@ -1,11 +1,11 @@
 """What Megatron-Core needs beyond torch.cuda.
 
-Its functions that are compiled with torch.compile run uncompiled: compiling them takes a C++ compiler, which a
-machine that only emulates need not have, and tens of seconds at the first step, and element-wise functions gain
-nothing from it at emulated sizes. `torch.compile` itself is left alone.
+Its functions that are compiled with torch.compile run uncompiled: compiling them takes a C++ compiler, which
+a machine that only emulates need not have, and tens of seconds at the first step, and element-wise functions
+gain nothing from it at emulated sizes. `torch.compile` itself is left alone.
 
-Its random-state tracker warns when the host's state changes inside a block that should only draw on the device;
-here the two are one state, which the tracker saves and restores itself.
+Its random-state tracker warns when the host's state changes inside a block that should only draw on the
+device; here the two are one state, which the tracker saves and restores itself.
 """
 
 from __future__ import annotations

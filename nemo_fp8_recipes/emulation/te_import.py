@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_fp8_recipes.emulation import binding
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.import_hook import after_import
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
@@ -101,11 +102,24 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
             f"{type(error).__name__}: {error}",
             hint="Reinstall the tested set with: pip install 'nemo-fp8-recipes[cpu]'",
         ) from error
+    _no_advice_on_flash_attention(ledger)
     ledger.add(
         "sys.modules['transformer_engine*']",
         "a later import on a real device must start afresh",
         lambda: _forget_modules(before),
     )
+
+
+def _no_advice_on_flash_attention(ledger: PatchLedger) -> None:
+    """TE advises once to install flash-attn, which does not run here."""
+    utilities = importlib.import_module(
+        "transformer_engine.pytorch.attention.dot_product_attention.utils"
+    ).FlashAttentionUtils
+    for name in ("warning_printed", "v3_warning_printed", "v4_warning_printed"):
+        if hasattr(utilities, name):
+            ledger.set(
+                utilities, name, True, "flash-attn needs a GPU; the advice to install it does not help"
+            )
 
 
 def _load_framework_extension(framework: str) -> None:
@@ -137,6 +151,7 @@ def _let_mxfp8_storages_stay(module: types.ModuleType) -> None:
 
 
 def _forget_modules(before: set[str]) -> None:
+    te_classes.cache_clear()
     for name in [name for name in sys.modules if name not in before and _is_te(name)]:
         del sys.modules[name]
 

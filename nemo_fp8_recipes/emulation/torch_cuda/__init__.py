@@ -7,6 +7,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     streams.py      streams, events, capture state, NVTX: work is done when it is issued, so waiting is free
     memory.py       allocator statistics and cache control
     random.py       the device's random state, which is the host's
+    autocast.py     the device's autocast, which acts on the host's tensors
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
-from nemo_fp8_recipes.emulation.torch_cuda import memory, placement, queries, random, streams
+from nemo_fp8_recipes.emulation.torch_cuda import autocast, memory, placement, queries, random, streams
 
 __all__ = ["apply"]
 
@@ -26,3 +27,4 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     streams.apply(ledger)
     memory.apply(ledger, device)
     random.apply(ledger)
+    autocast.apply(ledger)

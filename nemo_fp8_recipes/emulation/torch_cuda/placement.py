@@ -74,9 +74,22 @@ def apply(ledger: PatchLedger) -> None:
         staticmethod(_redirected(torch.Tensor._make_wrapper_subclass)),
         reason,
     )
+    _redirect_defaults(ledger)
     _redirect_moves(ledger)
     _redirect_loading(ledger)
     _answer_for_the_device(ledger)
+
+
+def _redirect_defaults(ledger: PatchLedger) -> None:
+    context = torch.utils._device.DeviceContext
+    init = context.__init__
+    reason = "a default device, or `with torch.device(…)`, makes tensors on the host"
+
+    @functools.wraps(init)
+    def redirected_init(self: Any, device: Any) -> None:
+        init(self, host(device))
+
+    ledger.set(context, "__init__", redirected_init, reason)
 
 
 def _redirect_moves(ledger: PatchLedger) -> None:
@@ -105,6 +118,15 @@ def _redirect_moves(ledger: PatchLedger) -> None:
     def record_stream(self: torch.Tensor, stream: Any) -> None:
         return None
 
+    module_to = torch.nn.Module.to
+
+    @functools.wraps(module_to)
+    def redirected_module_to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        if args and isinstance(args[0], int):
+            args = (_CPU, *args[1:])  # torch resolves an index by itself and finds no device
+        return module_to(self, *args, **kwargs)
+
+    ledger.set(torch.nn.Module, "to", redirected_module_to, reason)
     ledger.set(torch.Tensor, "to", redirected_to, reason)
     ledger.set(torch.Tensor, "cuda", cuda, reason)
     ledger.set(torch.Tensor, "pin_memory", pin_memory, "there is no pinned memory without CUDA")

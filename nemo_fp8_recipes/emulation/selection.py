@@ -97,8 +97,8 @@ def should_start(device_setting: str, environ: Mapping[str, str]) -> bool:
             f"This machine has an NVIDIA device ({files[0]}), but torch cannot use it.",
             key="device",
             value=device_setting,
-            hint="Check nvidia-smi, CUDA_VISIBLE_DEVICES and that torch is a CUDA build; to emulate on purpose "
-            "set device=emulated.",
+            hint="Check nvidia-smi, CUDA_VISIBLE_DEVICES and that torch is a CUDA build; "
+            "to emulate on purpose set device=emulated.",
         )
     if device_setting == "native":
         raise EmulationError(
@@ -139,7 +139,7 @@ def switch(
     """
     name = str(hardware.get("name") or "auto")
     if should_start(device_setting, environ):
-        from nemo_fp8_recipes.emulation.install import install
+        from nemo_fp8_recipes.emulation.installation import install
 
         return install("h100" if name == "auto" else name)
     found = _native()
@@ -176,7 +176,7 @@ def _cuda_works() -> bool:
         return False
     import torch
 
-    from nemo_fp8_recipes.emulation.install import active
+    from nemo_fp8_recipes.emulation.installation import active
 
     return active() is None and torch.cuda.is_available()
 

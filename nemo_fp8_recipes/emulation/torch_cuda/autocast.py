@@ -1,0 +1,41 @@
+"""Autocast for the device acts where its tensors are: `torch.autocast("cuda")` switches the host's, too.
+
+The CUDA switch is set as well, because Transformer Engine reads its dtype from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from nemo_fp8_recipes.emulation.ledger import PatchLedger
+
+__all__ = ["apply"]
+
+
+def apply(ledger: PatchLedger) -> None:
+    """Make entering CUDA autocast enter the host's with the same dtype, and leaving it leave that."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    reason = "the tensors that CUDA autocast is meant for are on the host"
+
+    @functools.wraps(enter)
+    def enter_both(self: Any) -> Any:
+        if self.device == "cuda":
+            host = torch.autocast(
+                "cpu", dtype=self.fast_dtype, enabled=self._enabled, cache_enabled=self._cache_enabled
+            )
+            self.__dict__.setdefault("_host_autocasts", []).append(host)
+            enter(host)
+        return enter(self)
+
+    @functools.wraps(leave)
+    def leave_both(self: Any, *exception: Any) -> Any:
+        result = leave(self, *exception)
+        if self.device == "cuda" and self.__dict__.get("_host_autocasts"):
+            leave(self._host_autocasts.pop(), *exception)
+        return result
+
+    ledger.set(torch.autocast, "__enter__", enter_both, reason)
+    ledger.set(torch.autocast, "__exit__", leave_both, reason)

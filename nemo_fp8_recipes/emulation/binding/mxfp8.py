@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
@@ -119,8 +120,8 @@ class Mxfp8Scaling:
         buffers: Buffers = {}
 
         def keep(direction: str, codes: Tensor, scale: Tensor) -> None:
-            padded = torch.zeros(specs[f"_{direction}_scale_inv"][0], dtype=torch.uint8, device=x.device)
-            padded[: scale.shape[0], : scale.shape[1]] = scale
+            rows, columns = specs[f"_{direction}_scale_inv"][0]
+            padded = pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
             if quantizer.optimize_for_gemm:
                 padded = swizzle(padded, columnwise=direction == "columnwise")
             buffers[f"_{direction}_data"] = codes.view(x.shape)

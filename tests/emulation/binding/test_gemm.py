@@ -249,3 +249,28 @@ def test_trace_records_options_of_quantizers(te, tex):
     assert (tensor.quantizer, tensor.force_pow_2_scales, tensor.amax_epsilon) == (
         "Float8CurrentScalingQuantizer", True, 0.25)  # fmt: skip
     assert (block.block_scaling_dim, block.force_pow_2_scales, block.shape) == (2, True, (128, 128))
+
+
+def test_blackwell_asks_for_the_innermost_dimension_that_it_reads(te, tex, blackwell):
+    quantizer = tensorwise(te)
+    a, b = tex.quantize(torch.randn(32, 24), quantizer), tex.quantize(torch.randn(16, 32), quantizer)
+    with pytest.raises(RuntimeError, match="Leading dimension requirement on A for FP8 GEMM"):
+        gemm(te, tex, a, b, "NN")
+
+
+def test_hopper_asks_for_k_of_the_transposed_copy(te, tex, hopper):
+    quantizer = tensorwise(te)
+    a, b = torch.randn(32, 24), torch.randn(16, 32)
+    out = gemm(te, tex, tex.quantize(a, quantizer), tex.quantize(b, quantizer), "NN")[0]
+    expected = oracle.per_tensor(b, "e4m3").values @ oracle.per_tensor(a, "e4m3").values
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_epilogues_that_are_not_emulated(te, tex):
+    a, dy = torch.randn(8, 16), torch.randn(4, 8)
+    with pytest.raises(NotImplementedError, match="gradients of bias and GELU in one is not emulated"):
+        gemm(te, tex, a, dy, "NN", grad=True, gelu=True, gelu_in=torch.randn(4, 16), bias=torch.empty(8))
+    with pytest.raises(NotImplementedError, match="accumulates into a quantised output is not emulated"):
+        gemm(te, tex, a.t(), dy, quantizer=tensorwise(te), accumulate=True)
+    with pytest.raises(RuntimeError, match="GELU needs gelu_in"):
+        gemm(te, tex, a, dy, "NN", grad=True, gelu=True)

@@ -22,8 +22,8 @@ HELP = """
 usage: nemo-fp8 show [fp8_recipe=NAME] [fp8_recipe.<option>=value] ... [--json]
 
 Print what a recipe composes to: its options, the Transformer Engine object with every option in effect, the
-fields of Megatron-Core's TransformerConfig, and what happens to each operand. It is a plan: what the layers of a
-run really do is in its manifest. Needs no GPU and does not import torch.
+fields of Megatron-Core's TransformerConfig, and what happens to each operand. It is a plan: what the layers
+of a run really do is in its manifest. Needs no GPU and does not import torch.
 
   --json   one JSON object: {"recipe", "te", "megatron", "operands"}
 
@@ -145,8 +145,8 @@ def _operands(recipe: Recipe) -> Table:
             name, plan.format, plan.scaling, block, plan.scale_dtype, "yes" if plan.power_of_two else "no"
         )
     if isinstance(recipe, QuantizedRecipe) and recipe.layers_in_bf16:
-        table.caption = (
-            f"The first {recipe.num_layers_at_start_in_bf16} and the last {recipe.num_layers_at_end_in_bf16} "
-            "layers stay in BF16."
+        ends = (("first", recipe.num_layers_at_start_in_bf16), ("last", recipe.num_layers_at_end_in_bf16))
+        table.caption = " and ".join(f"the {end} {count}" for end, count in ends if count) + (
+            " transformer layers stay in BF16"
         )
     return table

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -41,8 +42,14 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _hydra(overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return hydra.compose(config_name=ROOT_CONFIG, overrides=overrides)
+    """Hydra's own composition; a Hydra application around us keeps its state."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            return hydra.compose(config_name=ROOT_CONFIG, overrides=overrides)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _diagnose(overrides: Sequence[Override], error: Exception) -> ConfigError:

@@ -38,6 +38,8 @@ def _parse_one(parser: OverridesParser, argument: str) -> Override:
             value=argument,
             hint="Settings are given as key=value; see --help.",
         )
+    if argument.startswith("="):
+        raise ConfigError(f"'{argument}' has no key before the equals sign.", value=argument)
     if "=" not in argument and not argument.startswith("~"):
         raise ConfigError(
             f"'{argument}' is not of the form key=value.",

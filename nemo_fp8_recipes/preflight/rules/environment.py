@@ -85,9 +85,10 @@ def attention_overridden(job: PreflightInput) -> Iterator[Problem]:
     source="transformer_engine/pytorch/quantization.py: reduce_and_update_fp8_tensors",
 )
 def unfused_update(job: PreflightInput) -> Iterator[Problem]:
-    if job.recipe.name == "delayed" and job.environment.get("NVTE_UNFUSED_FP8_UPDATE") == "1":
+    text = job.environment.get("NVTE_UNFUSED_FP8_UPDATE", "0")
+    if job.recipe.name == "delayed" and text != "0":
         yield Problem(
-            message="NVTE_UNFUSED_FP8_UPDATE=1 updates scales in Python: slower, and other results for an "
+            message=f"NVTE_UNFUSED_FP8_UPDATE={text} updates scales in Python: slower, and other for an "
             "amax of zero or NaN.",
             key="fp8_recipe",
             value="delayed",

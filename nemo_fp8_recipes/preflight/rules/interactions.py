@@ -35,7 +35,7 @@ def delayed_saves_original_input(job: PreflightInput) -> Iterator[Problem]:
     "FP8-MIX-002",
     "info",
     "a function of your own updates the scales",
-    source="transformer_engine/pytorch/quantization.py: _update_amax_and_scale",
+    source="transformer_engine/pytorch/quantization.py: _amax_and_scale_update",
 )
 def own_scale_update(job: PreflightInput) -> Iterator[Problem]:
     recipe = job.recipe

@@ -29,7 +29,7 @@ def hybrid_mxfp8(job: PreflightInput) -> Iterator[Problem]:
     "FP8-NUM-002",
     "warning",
     "128x128 blocks for gradients diverged",
-    source="DeepSeek-V3, arXiv 2412.19437, appendix B.2",
+    source="DeepSeek-V3, arXiv 2412.19437",
 )
 def two_dimensional_gradients(job: PreflightInput) -> Iterator[Problem]:
     if isinstance(job.recipe, Blockwise) and job.recipe.grad_block_scaling_dim == 2:

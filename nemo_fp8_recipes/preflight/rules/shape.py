@@ -36,14 +36,15 @@ _SEARCH = 8192
 def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None:
         return
-    told: set[tuple[str, int]] = set()
-    for linear, demand in unmet(job.recipe, job.hardware.capability, job.model, job.parallel):
+    told: set[str] = set()
+    found = list(unmet(job.recipe, job.hardware.capability, job.model, job.parallel))
+    for linear, demand in sorted(found, key=lambda pair: -pair[1].multiple):
         keys = _keys(linear, demand)
-        if (keys[0], demand.multiple) in told:
-            continue  # one change of the key puts all its layers right
-        told.add((keys[0], demand.multiple))
+        if keys[0] in told:
+            continue  # the values offered put all its layers right
+        told.add(keys[0])
         noun = demand.dimension.removeprefix("local ")
-        ways = [way for key in keys if (way := _way_out(job, linear, demand, key))]
+        ways = [way for key in keys if (way := _way_out(job, keys[0], key))]
         yield Problem(
             message=f"{linear.name} has {linear.size(demand.dimension)} {noun} on each rank, and "
             f"fp8_recipe={job.recipe.name} needs a multiple of {demand.multiple}: {demand.reason}.",
@@ -68,28 +69,26 @@ def _value(model: ModelShape, key: str) -> int:
     return model.head_size if key == "kv_channels" else int(getattr(model, key))
 
 
-def _way_out(job: PreflightInput, linear: Linear, demand: Demand, key: str) -> str:
-    """The nearest values of `key`, below and above, that put this dimension of this layer right."""
+def _way_out(job: PreflightInput, subject: str, key: str) -> str:
+    """The nearest values of `key`, below and above, that put right everything that `subject` decides."""
     assert job.model is not None
     start = _value(job.model, key)
     found = []
     for step in (-1, 1):
         for value in range(start + step, max(0, start + step * _SEARCH), step):
-            if _right(job, linear, demand, key, value):
+            if _right(job, subject, job.model.with_value(key, value)):
                 found.append(str(value))
                 break
     return f"{_dotted(key)}={' or '.join(found)}" if found else ""
 
 
-def _right(job: PreflightInput, linear: Linear, demand: Demand, key: str, value: int) -> bool:
-    assert job.model is not None
-    model = job.model.with_value(key, value)
+def _right(job: PreflightInput, subject: str, model: ModelShape) -> bool:
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         return False
     if model.num_attention_heads % model.num_query_groups or not _divides(model, job):
         return False
-    changed = next(other for other in linears(model, job.parallel) if other.name == linear.name)
-    return changed.size(demand.dimension) % demand.multiple == 0
+    left = unmet(job.recipe, job.hardware.capability, model, job.parallel)
+    return all(_keys(linear, demand)[0] != subject for linear, demand in left)
 
 
 def _divides(model: ModelShape, job: PreflightInput) -> bool:
@@ -102,7 +101,7 @@ def _divides(model: ModelShape, job: PreflightInput) -> bool:
     "FP8-SHP-002",
     "warning",
     "the quantised all-gather falls back to BF16",
-    source="transformer_engine/pytorch/distributed.py: _all_gather_fp8_blockwise",
+    source="transformer_engine/pytorch/distributed.py: _start_all_gather_fp8_blockwise",
     versions="transformer-engine >= 2.3",
 )
 def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:

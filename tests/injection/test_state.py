@@ -93,6 +93,18 @@ def test_changed_options_of_the_same_recipe_need_a_reset():
     require_quantized(manifest(model), second)
 
 
+def test_quantizers_that_outlive_their_recipe_do_not_count():
+    """A BF16 phase leaves the quantizers of the phase before in place: what counts is the last forward."""
+    mxfp8 = recipes.load("mxfp8")
+    model = gpt.build(gpt.config_of(mxfp8))
+    run(model, mxfp8)
+    run(model, recipes.load("bf16"))
+    assert model.decoder.layers[0].mlp.linear_fc1.quantizers["scaling_fwd"]
+    assert manifest(model).quantized() == ()
+    with pytest.raises(InjectionError, match="ran outside every FP8 context"):
+        require_quantized(manifest(model), mxfp8)
+
+
 def test_a_reset_leaves_the_parameters_alone():
     model, _ = delayed_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -88,8 +88,8 @@ def unfused_update(job: PreflightInput) -> Iterator[Problem]:
     text = job.environment.get("NVTE_UNFUSED_FP8_UPDATE", "0")
     if job.recipe.name == "delayed" and text != "0":
         yield Problem(
-            message=f"NVTE_UNFUSED_FP8_UPDATE={text} updates scales in Python: slower, and other for an "
-            "amax of zero or NaN.",
+            message=f"NVTE_UNFUSED_FP8_UPDATE={text} updates scales in Python, which is slower and gives "
+            "other scales for an amax of zero or NaN.",
             key="fp8_recipe",
             value="delayed",
             fix="Unset NVTE_UNFUSED_FP8_UPDATE.",

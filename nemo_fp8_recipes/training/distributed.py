@@ -6,17 +6,16 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from nemo_fp8_recipes.errors import ConfigError, Fp8Error
+from nemo_fp8_recipes.errors import Fp8Error
 from nemo_fp8_recipes.training.errors import ReportedElsewhereError
+from nemo_fp8_recipes.training.layout import ParallelSizes
 
 __all__ = [
-    "ParallelSizes",
     "agree",
     "process_group",
     "same_everywhere",
@@ -25,30 +24,6 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class ParallelSizes:
-    """Ranks along each dimension; what they leave of the world size is data parallelism."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    sequence: bool = False
-
-    def data_parallel(self, world_size: int) -> int:
-        """Data-parallel ranks. Raises `ConfigError` when the world does not divide."""
-        model_ranks = self.tp * self.pp * self.cp
-        if world_size % model_ranks:
-            raise ConfigError(
-                f"{world_size} process(es) do not divide into parallel.tp={self.tp} x parallel.pp={self.pp} "
-                f"x parallel.cp={self.cp}.",
-                key="parallel",
-                value=model_ranks,
-                allowed=[f"a multiple of {model_ranks} processes"],
-                hint=f"Start it with torchrun --nproc-per-node {model_ranks}.",
-            )
-        return world_size // model_ranks
 
 
 @contextmanager
@@ -70,7 +45,6 @@ def process_group(sizes: ParallelSizes, *, on_gpu: bool, timeout_minutes: int) -
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        sizes.data_parallel(dist.get_world_size())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.tp,
             pipeline_model_parallel_size=sizes.pp,

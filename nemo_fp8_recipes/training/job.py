@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fp8_recipes import emulation, preflight
 from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
+from nemo_fp8_recipes.training.layout import check_layout
 from nemo_fp8_recipes.training.settings import read_settings
 from nemo_fp8_recipes.training.versions import installed_versions
 
@@ -33,6 +34,8 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         Fp8Error: whatever the user can put right; its subclass says what kind of thing it is.
     """
     settings = read_settings(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(settings.model, settings.training, settings.parallel, processes)
     emulated = emulation.should_start(settings.device, os.environ)
     findings = preflight.check_job(config, emulated=emulated)
     preflight.require(findings)

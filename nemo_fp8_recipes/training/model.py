@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
-from nemo_fp8_recipes.training.distributed import ParallelSizes
+from nemo_fp8_recipes.training.layout import ParallelSizes
 from nemo_fp8_recipes.training.schema import ModelConfig, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -18,30 +17,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["build_gpt", "check_divisible", "count_parameters", "transformer_config", "wrap"]
-
-
-def check_divisible(model: ModelConfig, sizes: ParallelSizes) -> None:
-    """Raise `ConfigError` for sizes that parallelism cannot split."""
-    demands = [
-        ("model.num_layers", model.num_layers, "parallel.pp", sizes.pp),
-        ("model.num_attention_heads", model.num_attention_heads, "parallel.tp", sizes.tp),
-        ("model.num_query_groups", model.num_query_groups, "parallel.tp", sizes.tp),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", sizes.tp),
-        ("model.vocab_size", model.vocab_size, "parallel.tp", sizes.tp),
-    ]
-    if sizes.sequence:
-        demands.append(("model.seq_length", model.seq_length, "parallel.tp", sizes.tp))
-    if sizes.cp > 1:
-        demands.append(("model.seq_length", model.seq_length, "2 * parallel.cp", 2 * sizes.cp))
-    for key, value, divisor_key, divisor in demands:
-        if value % divisor:
-            raise ConfigError(
-                f"{key}={value} does not divide by {divisor_key}={divisor}.",
-                key=key,
-                value=value,
-                allowed=[f"a multiple of {divisor}"],
-            )
+__all__ = ["build_gpt", "count_parameters", "transformer_config", "wrap"]
 
 
 def transformer_config(

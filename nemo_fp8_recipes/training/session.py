@@ -18,7 +18,6 @@ from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position, verify
 from nemo_fp8_recipes.training.data import BatchPlan, Dataset, build_dataset
 from nemo_fp8_recipes.training.distributed import (
-    ParallelSizes,
     agree,
     process_group,
     same_everywhere,
@@ -31,12 +30,12 @@ from nemo_fp8_recipes.training.interruption import watch_signals
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
 from nemo_fp8_recipes.training.model import (
     build_gpt,
-    check_divisible,
     count_parameters,
     transformer_config,
     wrap,
 )
 from nemo_fp8_recipes.training.optimizer import build_optimizer, build_scheduler
+from nemo_fp8_recipes.training.peer_warnings import ignore_known_warnings
 from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import RunDirectory
 from nemo_fp8_recipes.training.settings import Settings
@@ -67,20 +66,18 @@ class Invocation:
 
 def run_session(settings: Settings, invocation: Invocation) -> int:
     """Train; returns the exit status: 0, or 128 + the signal that stopped the job."""
-    sizes = ParallelSizes(**{key: settings.parallel[key] for key in ("tp", "pp", "cp", "sequence")})
+    ignore_known_warnings(emulated=invocation.emulated)
     timeout = settings.training.distributed_timeout_minutes
-    with process_group(sizes, on_gpu=not invocation.emulated, timeout_minutes=timeout) as device:
-        session = _Session(settings, invocation, sizes, device)
+    with process_group(settings.parallel, on_gpu=not invocation.emulated, timeout_minutes=timeout) as device:
+        session = _Session(settings, invocation, device)
         return session.run()
 
 
 class _Session:
-    def __init__(
-        self, settings: Settings, invocation: Invocation, sizes: ParallelSizes, device: torch.device
-    ) -> None:
+    def __init__(self, settings: Settings, invocation: Invocation, device: torch.device) -> None:
         self.settings = settings
         self.invocation = invocation
-        self.sizes = sizes
+        self.sizes = settings.parallel
         self.device = device
         self.is_first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.is_first_rank)
@@ -158,7 +155,6 @@ class _Session:
 
         settings, model, training = self.settings, self.settings.model, self.settings.training
         data_ranks = self.sizes.data_parallel(dist.get_world_size())
-        check_divisible(model, self.sizes)
         plan = BatchPlan(training.global_batch_size, training.micro_batch_size, _data_rank(), data_ranks)
         seed_everything(training.seed)
         config = transformer_config(

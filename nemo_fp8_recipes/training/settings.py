@@ -12,6 +12,7 @@ from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
+from nemo_fp8_recipes.training.layout import ParallelSizes
 from nemo_fp8_recipes.training.schema import (
     GROUPS,
     MockConfig,
@@ -36,7 +37,7 @@ class Settings:
     data: StdlibTextConfig | MockConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
-    parallel: dict[str, Any]
+    parallel: ParallelSizes
     telemetry: TelemetryConfig
     device: str
     hardware: dict[str, Any]
@@ -48,7 +49,7 @@ class Settings:
             "model": asdict(self.model),
             "fp8_recipe": self.recipe.to_dict(),
             "optimizer": asdict(self.optimizer),
-            "parallel": {key: self.parallel[key] for key in ("tp", "pp", "cp", "sequence")},
+            "parallel": asdict(self.parallel),
             "training": {
                 key: getattr(self.training, key) for key in ("global_batch_size", "micro_batch_size", "seed")
             },
@@ -75,7 +76,7 @@ def read_settings(config: DictConfig) -> Settings:
         data=_typed("data", config.data),
         optimizer=_typed("optimizer", config.optimizer),
         training=_typed("training", config.training),
-        parallel=_plain(config.parallel),
+        parallel=_parallel(_plain(config.parallel)),
         telemetry=_typed("telemetry", config.telemetry),
         device=str(config.device),
         hardware=_plain(config.hardware),
@@ -87,6 +88,11 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(node, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _parallel(values: dict[str, Any]) -> ParallelSizes:
+    values.pop("name", None)
+    return typed.read(ParallelSizes, values, key="parallel", error=ConfigError)
 
 
 def _typed(group: str, node: DictConfig) -> Any:

@@ -14,8 +14,9 @@ from tests.training.command import train
     [
         ("/proc/run", (), "Cannot write /proc/run"),
         ("run", ("data.path=/nowhere/at/all",), "There is no directory /nowhere/at/all"),
-        ("run", ("training.global_batch_size=6",), "training.global_batch_size=6 does not divide"),
-        ("run", ("parallel.tp=2",), "parallel.tp=2"),
+        ("run", ("parallel.tp=2",), "do not divide into parallel.tp=2"),
+        ("run", ("fp8_recipe=mxfp8", "hardware=h100"), "FP8-HW-001"),
+        ("run", ("fp8_recipe=nvfp4",), "not emulated yet"),
         ("run", ("training.steps=0",), "training.steps=0"),
     ],
 )

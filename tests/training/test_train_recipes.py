@@ -79,26 +79,20 @@ def test_what_the_run_leaves_and_says(trained: Trained) -> None:
         f"nemo-fp8 report --text {run.path}",
     ):
         assert text in run.output
+    assert run.errors == ""
     assert run.output.count("\nstep ") < STEPS  # rate-limited where there is no terminal
     assert run.record["device"].startswith("emulated")
 
 
 def test_micro_batches_change_the_memory_and_not_the_training(trained: Trained, tmp_path: Path) -> None:
-    baseline = trained("bf16")
+    """TE caches the quantised weight over the micro-batches of a step; a cache that is not renewed in the
+    next step, or gradients that are not averaged, would show at once."""
+    whole = trained("mxfp8")
     split = train(
-        tmp_path / "split", "fp8_recipe=bf16", f"training.steps={STEPS}", "training.micro_batch_size=1"
+        tmp_path / "split", "fp8_recipe=mxfp8", f"training.steps={STEPS}", "training.micro_batch_size=1"
     )
-    assert split.losses == pytest.approx(baseline.losses, rel=5e-3)
-    for row, reference in zip(split.metrics[:5], baseline.metrics[:5], strict=True):
+    assert split.losses == pytest.approx(whole.losses, rel=1e-2)
+    for row, reference in zip(split.metrics[:5], whole.metrics[:5], strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], rel=1e-3)
         assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-2)
         assert row["tokens"] == reference["tokens"]
-
-
-def test_cached_weights_are_quantised_again_in_every_step(tmp_path: Path, trained: Trained) -> None:
-    """With several micro-batches TE caches the FP8 weight within a step. Were it not renewed, the model would
-    not follow its own weights and stay behind."""
-    run = train(
-        tmp_path / "cached", "fp8_recipe=mxfp8", f"training.steps={STEPS}", "training.micro_batch_size=2"
-    )
-    last, reference = (sum(losses[-5:]) / 5 for losses in (run.losses, trained("bf16").losses))
-    assert last == pytest.approx(reference, rel=0.02)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_fp8_recipes.errors import ConfigError
-
 __all__ = ["BatchPlan"]
 
 
@@ -17,23 +15,14 @@ class BatchPlan:
     """A global batch is `global_batch_size` consecutive sequences, dealt out micro-batch by micro-batch.
 
     The set of sequences in a step does not depend on the number of ranks, and all ranks of a tensor-,
-    pipeline- or context-parallel group (same `data_rank`) see the same ones."""
+    pipeline- or context-parallel group (same `data_rank`) see the same ones. That the sizes divide has been
+    checked by `layout.check_layout`.
+    """
 
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_ranks: int
-
-    def __post_init__(self) -> None:
-        together = self.micro_batch_size * self.data_ranks
-        if self.global_batch_size % together:
-            raise ConfigError(
-                f"training.global_batch_size={self.global_batch_size} does not divide into micro-batches of "
-                f"{self.micro_batch_size} on {self.data_ranks} data-parallel ranks.",
-                key="training.global_batch_size",
-                value=self.global_batch_size,
-                allowed=[f"a multiple of {together}"],
-            )
 
     @property
     def micro_batches(self) -> int:

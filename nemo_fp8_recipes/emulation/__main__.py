@@ -9,6 +9,7 @@ Under torchrun: torchrun --nproc-per-node 2 -m nemo_fp8_recipes.emulation script
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from nemo_fp8_recipes.emulation.devices import DEVICES
 from nemo_fp8_recipes.emulation.installation import install
-from nemo_fp8_recipes.errors import Fp8Error
+from nemo_fp8_recipes.errors import EmulationError, Fp8Error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="the program's own arguments")
     options = parser.parse_args(arguments)
     try:
-        if not options.module and not Path(options.program).exists():
-            raise Fp8Error(f"There is no script {options.program!r}.", value=options.program)
+        _require_program(options.program, module=options.module)
         device = install(options.device)
     except Fp8Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,12 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{device.label}] CPU numerics of {device.display_name}; times say nothing.", file=sys.stderr)
     sys.argv = [options.program, *options.rest]
     if options.module:
-        sys.path[0] = str(Path.cwd())
         runpy.run_module(options.program, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(options.program).resolve().parent)
         runpy.run_path(options.program, run_name="__main__")
     return 0
+
+
+def _require_program(program: str, *, module: bool) -> None:
+    """Check that there is something to run and put its directory first on the path; raises `EmulationError`."""
+    sys.path[0] = str(Path.cwd() if module else Path(program).resolve().parent)
+    if module:
+        try:
+            found = importlib.util.find_spec(program) is not None
+        except ModuleNotFoundError:
+            found = False
+    else:
+        found = Path(program).exists()
+    if not found:
+        raise EmulationError(f"There is no {'module' if module else 'script'} {program!r}.", value=program)
 
 
 if __name__ == "__main__":

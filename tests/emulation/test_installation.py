@@ -93,8 +93,9 @@ def test_the_import_leaves_no_trace_of_its_preparations() -> None:
     run_emulated(
         """
         import importlib.util, os, subprocess, sys
-        assert not [name for name in os.environ if name.startswith("NVTE_")], "a child process would inherit
-        it" for name in ("triton", "onnx", "onnxscript"):
+        leaked = [name for name in os.environ if name.startswith("NVTE_")]
+        assert not leaked, f"a child process would inherit {leaked}"
+        for name in ("triton", "onnx", "onnxscript"):
             missing = importlib.util.find_spec(name) is None
             assert not (missing and name in sys.modules), name
         import torch.utils._triton

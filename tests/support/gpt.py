@@ -71,7 +71,9 @@ class Trainer:
                 dist.init_process_group("nccl")
             else:
                 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-            parallel_state.initialize_model_parallel(self.tp, self.pp)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(self.tp, self.pp)
         torch.manual_seed(self.seed)
         model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
         self.config = self._config()
@@ -106,8 +108,6 @@ class Trainer:
             bf16=True,
             add_bias_linear=False,
             activation_func=squared_relu,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             sequence_parallel=self.sequence_parallel,
@@ -115,7 +115,7 @@ class Trainer:
             masked_softmax_fusion=False,
             finalize_model_grads_func=finalize_model_grads,
             **fp8,
-            **self.model_options,
+            **{"hidden_dropout": 0.0, "attention_dropout": 0.0} | self.model_options,
         )
 
     def _model(self) -> DistributedDataParallel:

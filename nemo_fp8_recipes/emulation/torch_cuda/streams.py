@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 
-__all__ = ["Event", "Stream", "apply"]
+__all__ = ["Event", "Stream", "StreamContext", "apply"]
 
 
 class Stream:
@@ -89,6 +87,19 @@ class Event:
         return 1e3 * (end_event._recorded - self._recorded)
 
 
+class StreamContext:
+    """`torch.cuda.StreamContext`: a class, since torch.compile asks whether a value is one."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_exception: object) -> None:
+        return None
+
+
 _THE_STREAM = Stream()
 
 
@@ -104,9 +115,8 @@ def apply(ledger: PatchLedger) -> None:
     def set_stream(stream: Any) -> None:
         return None
 
-    @contextmanager
-    def stream(stream: Any) -> Iterator[None]:
-        yield
+    def stream(stream: Any) -> StreamContext:
+        return StreamContext(stream)
 
     def synchronize(device: Any = None) -> None:
         return None
@@ -124,7 +134,7 @@ def apply(ledger: PatchLedger) -> None:
         is_current_stream_capturing,
     ):
         ledger.set(torch.cuda, function.__name__, function, reason)
-    ledger.set(torch.cuda, "StreamContext", stream, reason)
+    ledger.set(torch.cuda, "StreamContext", StreamContext, reason)
     ledger.set(torch.cuda, "Stream", Stream, reason)
     ledger.set(torch.cuda, "ExternalStream", Stream, reason)
     ledger.set(torch.cuda, "Event", Event, reason)

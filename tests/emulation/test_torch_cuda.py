@@ -1,0 +1,188 @@
+"""torch as code written for CUDA sees it, and torch's own machinery, which must go on working."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.empty(2, device="cuda"),
+        lambda: torch.zeros(2, device="cuda:0"),
+        lambda: torch.ones(2, device=torch.device("cuda", 0)),
+        lambda: torch.full((2,), 1.0, device=torch.cuda.current_device()),
+        lambda: torch.tensor([1.0], device="cuda"),
+        lambda: torch.arange(3, device="cuda"),
+        lambda: torch.randn(2, device="cuda", pin_memory=False),
+        lambda: torch.empty(2, pin_memory=True),
+        lambda: torch.zeros_like(torch.ones(2), device="cuda"),
+        lambda: torch.ones(2).new_empty(3, device="cuda"),
+        lambda: torch.ones(2).to("cuda"),
+        lambda: torch.ones(2).to(0),
+        lambda: torch.ones(2).to(device="cuda", dtype=torch.bfloat16),
+        lambda: torch.ones(2).cuda().pin_memory(),
+        lambda: torch.nn.Linear(2, 2, device="cuda").weight,
+        lambda: torch.nn.Linear(2, 2).cuda().weight,
+        lambda: torch.nn.Linear(2, 2).to("cuda:0").weight,
+        lambda: torch.nn.Linear(2, 2).to(torch.cuda.current_device()).weight,
+        lambda: torch.nn.Linear(2, 2, device="meta").to_empty(device="cuda").weight,
+        lambda: torch.nn.Embedding(3, 2).cuda()(torch.tensor([1], device="cuda")),
+    ],
+)
+def test_a_tensor_asked_for_on_the_device_is_there(make: Any) -> None:
+    tensor = make()
+    assert tensor.is_cuda
+    assert tensor.device.type == "cpu"
+    tensor + tensor  # and can be computed with
+
+
+def test_default_devices_make_host_tensors() -> None:
+    with torch.device("cuda"):
+        assert torch.ones(2).device.type == "cpu"
+    torch.set_default_device("cuda")
+    try:
+        assert torch.ones(2).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_meta_tensors_are_not_on_the_device() -> None:
+    assert not torch.empty(2, device="meta").is_cuda
+
+
+def test_the_old_type_names_are_those_of_the_device() -> None:
+    tensor = torch.ones(2, dtype=torch.bfloat16)
+    assert tensor.type() == "torch.cuda.BFloat16Tensor"
+    assert tensor.type("torch.cuda.FloatTensor").dtype == torch.float32
+    assert torch.ones(2, device="meta").type() != "torch.cuda.FloatTensor"
+
+
+def test_queries_answer_for_the_posing_device() -> None:
+    assert torch.cuda.is_available()
+    assert torch.cuda.device_count() == 1
+    assert torch.cuda.current_device() == 0
+    assert torch.device("cuda", torch.cuda.current_device()) == torch.device("cuda:0")
+    assert torch.cuda.get_device_capability() == (10, 0)
+    assert "B200" in torch.cuda.get_device_name(0)
+    assert torch.cuda.get_device_properties("cuda").multi_processor_count == 148
+    free, total = torch.cuda.mem_get_info()
+    assert free == total == 180 * 2**30
+    assert torch.cuda.memory_allocated() == 0
+
+
+def test_streams_and_events_are_in_order() -> None:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    with torch.cuda.stream(side), torch.cuda.device(0):
+        value = torch.ones(2).sum()
+    end.record()
+    torch.cuda.synchronize()
+    assert end.query()
+    assert start.elapsed_time(end) >= 0
+    assert value == 2
+    with pytest.raises(RuntimeError, match="recorded"):
+        torch.cuda.Event().elapsed_time(end)
+
+
+def test_the_device_state_decides_the_numbers() -> None:
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    first = torch.randn(4, device="cuda")
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.randn(4, device="cuda"), first)
+    torch.cuda.default_generators[torch.cuda.current_device()].set_state(state)
+    assert torch.equal(torch.randn(4, device="cuda"), first)
+
+
+def test_autocast_for_the_device_computes_in_its_dtype() -> None:
+    a = torch.randn(4, 4)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        assert torch.get_autocast_dtype("cuda") == torch.bfloat16
+        with torch.autocast("cuda", enabled=False):
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
+    assert (a @ a).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cuda")
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_torchs_optimizer_computes_what_it_does_without_the_device(options: dict[str, bool]) -> None:
+    """Adam's first step moves every weight by the learning rate against the sign of its gradient."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    weight.grad = torch.tensor([0.5, -3.0])
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
+    assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+    torch.optim.Adam([weight], lr=0.1, **options).step()
+    assert torch.allclose(weight, torch.tensor([0.9, -1.9]), atol=1e-5)
+
+
+def test_activation_checkpointing_restores_the_random_state() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5))
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.manual_seed(3)
+    layer(x).sum().backward()
+    plain, x.grad = x.grad, None
+    torch.manual_seed(3)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert plain is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, plain)
+
+
+def test_saving_and_loading_for_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "tensor.pt"
+    torch.save({"x": torch.arange(3, device="cuda")}, path)
+    for location in (None, "cuda", "cpu", torch.device("cuda", 0)):
+        assert torch.load(path, map_location=location, weights_only=True)["x"].tolist() == [0, 1, 2]
+
+
+def test_data_loading_with_pinned_memory() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(torch.utils.data.DataLoader(data, batch_size=2, pin_memory=True))
+    assert [batch[0].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_torch_compile_stays_usable() -> None:
+    """Up to the backend that would need a C++ compiler."""
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.ones(x.shape, device="cuda") * x
+
+    x = torch.randn(3, requires_grad=True)
+    y = torch.compile(double, backend="aot_eager", fullgraph=True)(x)
+    y.sum().backward()
+    assert torch.equal(y, 2 * x)
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2, 2]
+
+
+def test_torch_is_told_the_truth_about_its_tensors() -> None:
+    """`is_cuda` read in torch's own modules: a CUDA branch there would call kernels that do not exist."""
+    from torch.nn.utils.rnn import pack_padded_sequence
+
+    packed = pack_padded_sequence(torch.ones(2, 3, 1), torch.tensor([3, 1]), batch_first=True)
+    assert not packed.is_cuda
+
+
+def test_gradient_scaling() -> None:
+    scaler = torch.amp.GradScaler("cuda")
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [0, 0]

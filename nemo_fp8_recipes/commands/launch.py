@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch import local, torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments, parse
 from nemo_fp8_recipes.launch.node import Processes, settings_for, worker_command
 from nemo_fp8_recipes.launch.plan import Job, make_job
+from nemo_fp8_recipes.launch.slurm import on_node, submit
 
 __all__ = ["HELP", "run"]
 
@@ -46,13 +48,32 @@ Ctrl-C or SIGTERM ends the step and saves; a second Ctrl-C ends at once. The exi
 def run(words: list[str]) -> int:
     """Compose the configuration, once, and start the job where `launcher=` says."""
     arguments = parse(words)
+    typed = ["nemo-fp8", "launch", *words]
+    if arguments.on_node:
+        return on_node.run(arguments, typed)
+    if _launcher(arguments) == "slurm":
+        if arguments.dry_run:
+            print(submit.dry_run(arguments), end="")
+            return 0
+        return submit.submit(arguments, typed)
+    if arguments.multirun:
+        raise ConfigError(
+            "-m submits an array of jobs, which needs a batch system.",
+            key="-m",
+            hint="Add launcher=slurm, or give each key one value.",
+        )
     job = make_job(arguments.overrides, arguments.payload)
     if arguments.dry_run:
         print(describe(job, arguments), end="")
         return 0
-    typed = ["nemo-fp8", "launch", *words]
     launch = local.run if job.launcher.name == "local" else torchrun.run
     return launch(job, typed, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _launcher(arguments: Arguments) -> str:
+    """The choice of `launcher=`, known before the values of a sweep are taken apart."""
+    chosen = [word.split("=", 1)[1] for word in arguments.overrides if word.startswith("launcher=")]
+    return chosen[-1] if chosen else "local"
 
 
 def describe(job: Job, arguments: Arguments) -> str:

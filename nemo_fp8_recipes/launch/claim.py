@@ -16,7 +16,7 @@ from nemo_fp8_recipes.launch.runs.checkpoints import newest_complete_step
 from nemo_fp8_recipes.training.files import writing
 from nemo_fp8_recipes.training.run_directory import RunDirectory
 
-__all__ = ["Claim", "claim", "node_name", "reserve"]
+__all__ = ["Claim", "claim", "node_name", "refuse_existing", "reserve"]
 
 _RUN = "run.json"
 _KEPT = frozenset({NAME, ".lock"})
@@ -104,12 +104,7 @@ def _prepare(
         has_run = (job.run_dir / _RUN).exists()
         if (has_run or record is not None) and not joins and not resume:
             if not overwrite:
-                raise RunDirectoryError(
-                    f"{job.run_dir} holds a run already.",
-                    key="run_dir",
-                    value=str(job.run_dir),
-                    hint="Go on with it: --resume. Put it aside and start anew: --overwrite.",
-                )
+                raise _holds_a_run(job.run_dir)
             put = _put_aside(directory, has_run=has_run)
             result.notes.append(f"The run that was there is in {put}.")
             has_run, record = False, None
@@ -124,6 +119,24 @@ def _prepare(
         if state == "started":
             result._alive = directory.hold_alive()
     return result
+
+
+def refuse_existing(job: Job, *, resume: bool, overwrite: bool) -> None:
+    """Raise, as `reserve` would, for a run directory that cannot be used; changes nothing."""
+    _refuse_foreign(job.run_dir)
+    if resume or overwrite:
+        return
+    if (job.run_dir / _RUN).exists() or LaunchDirectory(job.run_dir).job_file.exists():
+        raise _holds_a_run(job.run_dir)
+
+
+def _holds_a_run(run_dir: Path) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{run_dir} holds a run already.",
+        key="run_dir",
+        value=str(run_dir),
+        hint="Go on with it: --resume. Put it aside and start anew: --overwrite.",
+    )
 
 
 def _refuse_foreign(run_dir: Path) -> None:

@@ -117,7 +117,8 @@ class Agent:
             if self._asked is not None:
                 if deadline is None:
                     deadline = time.monotonic() + self.stop_timeout
-                    _say(f"{self._asked.name}: the job stops after its current step (Ctrl-C again: at once).")
+                    again = " (Ctrl-C again: at once)" if self._asked == signal.SIGINT else ""
+                    _say(f"{self._asked.name}: the job stops after its current step{again}.")
                 self._tell(worker.STOP)
                 if self._interrupts > 1:
                     break

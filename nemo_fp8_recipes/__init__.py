@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes import emulation, telemetry
     from nemo_fp8_recipes.injection import autocast, inject, manifest
     from nemo_fp8_recipes.recipes import Recipe, load
+    from nemo_fp8_recipes.start import start
 
 _HOME = {
     "Recipe": "recipes",
@@ -21,11 +22,22 @@ _HOME = {
     "inject": "injection",
     "autocast": "injection",
     "manifest": "injection",
+    "start": "start",
     "emulation": None,
     "telemetry": None,
 }
 
-__all__ = ["Recipe", "__version__", "autocast", "emulation", "inject", "load", "manifest", "telemetry"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "autocast",
+    "emulation",
+    "inject",
+    "load",
+    "manifest",
+    "start",
+    "telemetry",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _require_program(program: str, *, module: bool) -> None:
-    """Check that there is something to run and put its directory first on the path; raises `EmulationError`."""
+    """Put the program's directory first on the path; raises `EmulationError` where there is none."""
     sys.path[0] = str(Path.cwd() if module else Path(program).resolve().parent)
     if module:
         try:

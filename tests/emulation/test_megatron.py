@@ -62,7 +62,7 @@ def test_gradient_formats_follow_megatrons_format() -> None:
 
 
 def test_delayed_scaling_is_updated_by_transformer_engine() -> None:
-    """Scales after a step follow its documented rule from the amax in the history: FP8 maximum / largest amax."""
+    """Scales after a step follow the documented rule from the history: FP8 maximum / largest amax."""
     from tests.support.gpt import Trainer
 
     trainer = Trainer("delayed")

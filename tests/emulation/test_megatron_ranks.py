@@ -61,7 +61,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         result(seen)
         """,
         device="b200",
-        timeout=400,
+        timeout=200,
         tmp_path=tmp_path_factory.mktemp("ranks"),
     )
     return {name: [rank[name] for rank in by_rank] for name in PARALLEL}
@@ -97,7 +97,7 @@ def test_sequence_parallelism_is_tensor_parallelism_of_the_same_numbers(outcomes
 def test_the_distributed_optimizer_makes_the_same_steps(outcomes: dict[str, Outcome]) -> None:
     for rank in range(2):
         assert outcomes["dp_distributed_optimizer"][rank]["losses"] == pytest.approx(
-            outcomes["dp"][rank]["losses"], rel=1e-3
+            outcomes["dp"][rank]["losses"], rel=0.01
         )
 
 

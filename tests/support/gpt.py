@@ -26,6 +26,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 __all__ = ["RECIPES", "Trainer"]
 
@@ -74,6 +75,7 @@ class Trainer:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(self.tp, self.pp)
+        FP8GlobalStateManager.reset()  # it keeps amax buffers, and their groups, of modules that are gone
         torch.manual_seed(self.seed)
         model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
         self.config = self._config()

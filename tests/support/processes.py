@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -119,9 +120,24 @@ def _finish(
     check: bool,
     cwd: Path | None,
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, env=environment(env), capture_output=True, text=True, timeout=timeout, cwd=cwd, check=False
+    process = subprocess.Popen(
+        command,
+        env=environment(env),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # with a launcher's workers, which would wait for ever
+        output, errors = process.communicate()
+        raise ProcessFailedError(
+            f"still running after {timeout} s\n--- stdout\n{output[-4000:]}\n--- stderr\n{errors[-8000:]}"
+        ) from None
+    done = subprocess.CompletedProcess(command, process.returncode, output, errors)
     if check and done.returncode != 0:
         raise ProcessFailedError(
             f"exit status {done.returncode}\n--- stdout\n{done.stdout[-4000:]}\n"

@@ -8,6 +8,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     memory.py       allocator statistics and cache control
     random.py       the device's random state, which is the host's
     autocast.py     the device's autocast, which acts on the host's tensors
+    matmul.py       16-bit matrix products, accumulated in FP32 as tensor cores do
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -15,7 +16,15 @@ from __future__ import annotations
 
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
-from nemo_fp8_recipes.emulation.torch_cuda import autocast, memory, placement, queries, random, streams
+from nemo_fp8_recipes.emulation.torch_cuda import (
+    autocast,
+    matmul,
+    memory,
+    placement,
+    queries,
+    random,
+    streams,
+)
 
 __all__ = ["apply"]
 
@@ -28,3 +37,4 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     memory.apply(ledger, device)
     random.apply(ledger)
     autocast.apply(ledger)
+    matmul.apply(ledger)

@@ -107,6 +107,16 @@ def test_dropout_draws_from_megatrons_tracked_state() -> None:
     assert first != Trainer("tensorwise").train(3)
 
 
+def test_megatrons_functions_run_uncompiled_and_need_no_compiler() -> None:
+    from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_fused_train
+    from megatron.core.jit import jit_fuser
+
+    def function() -> None: ...
+
+    assert jit_fuser(function) is function
+    assert not hasattr(bias_dropout_add_fused_train, "_torchdynamo_orig_callable")
+
+
 def test_nothing_is_printed_about_what_emulation_makes_moot(caplog: pytest.LogCaptureFixture) -> None:
     from tests.support.gpt import Trainer
 

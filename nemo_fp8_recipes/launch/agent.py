@@ -27,6 +27,7 @@ HUNG = 124
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 60.0
 _DUMP_SECONDS = 2.0  # for the processes to write their stacks
 _TAIL_LINES = 15
 
@@ -180,11 +181,22 @@ class Agent:
                 return 128 + signal.SIGKILL
         for record in ranks:
             if record["exit_code"] in stopped:
+                self._await_rank_0()
                 return int(record["exit_code"]) if self._asked != signal.SIGINT else 128 + signal.SIGINT
         if self.output is not None:
             _say(f"torchrun failed; all it said is in {self.output}")
             _show_tail(self.output)
         return returned if returned > 0 else 128 - returned
+
+    def _await_rank_0(self) -> None:
+        """Let rank 0, on another node perhaps, write its last words: SLURM ends the other tasks of a job once
+        one has ended with a status that is not 0."""
+        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self.stop_timeout)
+        while time.monotonic() < deadline:
+            first = next((record for record in self.directory.ranks() if record["rank"] == 0), None)
+            if first is None or first["exit_code"] is not None:
+                return
+            time.sleep(_POLL_SECONDS)
 
     def _show_failure(self, record: Mapping[str, Any]) -> None:
         log = self.directory.log(record["rank"])

@@ -39,7 +39,7 @@ class LauncherConfig:
 
     name: str
     environment: dict[str, EnvironmentValue] = field(default_factory=dict)
-    hang_timeout_minutes: int = 30
+    hang_timeout_minutes: float = 30
     stop_timeout_seconds: int = 300
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ def install(name: str = "h100") -> EmulatedDevice:
             allowed=[_active.name],
             hint="Use another process; Transformer Engine keeps what it found out about the device.",
         )
+    # Idle OpenMP threads spin by default. The step is made of short operations, so on a machine that other
+    # programs use too, spinning made it more than ten times slower. Read when torch loads its OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if torch.cuda.is_available():

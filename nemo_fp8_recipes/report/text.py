@@ -23,7 +23,7 @@ MAX_ROWS = 60
 
 
 def render(run_dir: str | Path, console: Console, *, all_layers: bool = False) -> None:
-    """Print the report of a run: header, loss curve, and the recipe's effect on each tensor.
+    """Print the report of a run: header, loss curve, manifest, and the recipe's effect on each tensor.
 
     Args:
         run_dir: the run directory; the run may still be going on.
@@ -37,6 +37,9 @@ def render(run_dir: str | Path, console: Console, *, all_layers: bool = False) -
     unicode = (console.encoding or "").lower().startswith("utf")
     _header(run, console)
     _loss(run, console, unicode=unicode)
+    if run.manifest is not None:
+        console.print()
+        console.print(run.manifest.table())
     _effect(run, console, unicode=unicode, all_layers=all_layers)
 
 

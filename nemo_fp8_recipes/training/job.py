@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fp8_recipes import emulation, preflight
 from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
+from nemo_fp8_recipes.start import start
 from nemo_fp8_recipes.training.layout import check_layout
 from nemo_fp8_recipes.training.settings import read_settings
 from nemo_fp8_recipes.training.versions import installed_versions
@@ -36,13 +36,7 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
     settings = read_settings(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(settings.model, settings.training, settings.parallel, processes)
-    emulated = emulation.should_start(settings.device, os.environ)
-    findings = preflight.check_job(config, emulated=emulated)
-    preflight.require(findings)
-    hardware = settings.hardware
-    if emulated:
-        hardware = {**hardware, "name": preflight.posing_device(settings.recipe, hardware["name"])}
-    device = emulation.switch(settings.device, hardware, os.environ)
+    job = start(config)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.
     from nemo_fp8_recipes.training.session import Invocation, run_session
@@ -52,9 +46,9 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         overrides=overrides,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
         versions=installed_versions(),
-        device_label=device.label,
-        emulated=device.emulated,
-        notes=(*alias_notes(overrides), *_worth_saying(findings)),
+        device_label=job.device.label,
+        emulated=job.device.emulated,
+        notes=(*alias_notes(overrides), *_worth_saying(job.findings)),
     )
     return run_session(settings, invocation)
 

@@ -148,3 +148,40 @@ def _by_block(
             multiplier, kept[i, j] = rule(amax(values[where]))
             codes[where] = encode_all(multiply(values[where], multiplier), fmt)
     return codes, kept
+
+
+E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def encode_e2m1(value: float) -> int:
+    """Nearest E2M1 code, ties to the even code, saturating; NaN is +6."""
+    if math.isnan(value):
+        return 7
+    distances = [abs(min(abs(value), 6.0) - candidate) for candidate in E2M1_VALUES]
+    nearest = [code for code, distance in enumerate(distances) if distance == min(distances)]
+    code = nearest[0] if len(nearest) == 1 else next(code for code in nearest if code % 2 == 0)
+    return code | (8 if math.copysign(1.0, value) < 0 else 0)
+
+
+def nvfp4(x: torch.Tensor, tensor_amax: float, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Packed codes and E4M3 scales of NVFP4."""
+    one, largest_fp32 = np.float32(1.0), np.finfo(np.float32).max
+    values = x.float().numpy()
+    with np.errstate(all="ignore"):
+        to_codes = min(np.float32(2688.0) / np.float32(tensor_amax), largest_fp32) if tensor_amax else one
+        to_codes = one if to_codes == 0.0 else to_codes
+    codes = np.zeros(values.shape, dtype=np.uint8)
+    rows, columns = -(-values.shape[0] // block[0]), values.shape[1] // block[1]
+    scales = np.zeros((rows, columns), dtype=np.uint8)
+    for i in range(rows):
+        for j in range(columns):
+            where = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            with np.errstate(all="ignore"):
+                wanted = amax(values[where]) * np.float32(to_codes * np.float32(1.0 / 6.0))
+                scales[i, j] = encode(float(wanted), "e4m3")
+                decode = np.float32(fp8_value(int(scales[i, j]), "e4m3")) * np.float32(one / to_codes)
+                multiplier = min(one / decode, largest_fp32)
+            scaled = multiply(values[where], multiplier)
+            flat = [encode_e2m1(float(value)) for value in scaled.ravel()]
+            codes[where] = np.array(flat, dtype=np.uint8).reshape(scaled.shape)
+    return codes[:, ::2] | (codes[:, 1::2] << 4), scales

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_fp8_recipes.numerics import E4M3, E5M2, blockwise, delayed, mxfp8, tensorwise
+from nemo_fp8_recipes.numerics import E4M3, E5M2, blockwise, delayed, hadamard, mxfp8, nvfp4, tensorwise
 
 
 def update_history(x: torch.Tensor) -> None:
@@ -21,6 +21,15 @@ def update_history(x: torch.Tensor) -> None:
     delayed.update_amax_and_scale(
         histories, scales, torch.ones(5, device=x.device), algorithm="max", fp8_max=448.0
     )
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """Only whole blocks of 16."""
+    return x[:, : x.shape[1] // 16 * 16].contiguous()
+
+
+def square(x: torch.Tensor) -> nvfp4.Blocks:
+    return nvfp4.quantize_2d(whole(x), torch.ones(1, device=x.device))
 
 
 WORK: dict[str, Callable[[torch.Tensor], object]] = {
@@ -32,6 +41,9 @@ WORK: dict[str, Callable[[torch.Tensor], object]] = {
     "128x128": lambda x: blockwise.dequantize_2d(*blockwise.quantize_2d(x, E4M3, epsilon=0.1), E4M3),
     "1x32": lambda x: mxfp8.dequantize_rowwise(*mxfp8.quantize_rowwise(x, E4M3), E4M3),
     "32x1": lambda x: mxfp8.dequantize_columnwise(*mxfp8.quantize_columnwise(x, E5M2), E5M2),
+    "1x16": lambda x: nvfp4.quantize_1d(whole(x), torch.ones(1, device=x.device), stochastic=True),
+    "16x16": lambda x: nvfp4.dequantize(*square(x), torch.ones(1, device=x.device)),
+    "hadamard": lambda x: hadamard.random_hadamard_transform(whole(x)),
     "32x32": lambda x: mxfp8.dequantize_2d(*mxfp8.quantize_2d(x, E4M3), E4M3),
 }
 

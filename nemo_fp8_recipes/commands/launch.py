@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from nemo_fp8_recipes.config.overrides import parse as parse_overrides
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch import local, torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments, parse
@@ -72,8 +73,13 @@ def run(words: list[str]) -> int:
 
 def _launcher(arguments: Arguments) -> str:
     """The choice of `launcher=`, known before the values of a sweep are taken apart."""
-    chosen = [word.split("=", 1)[1] for word in arguments.overrides if word.startswith("launcher=")]
-    return chosen[-1] if chosen else "local"
+    chosen = [
+        override.value()
+        for override in parse_overrides(
+            [word for word in arguments.overrides if word.startswith("launcher=")]
+        )
+    ]
+    return str(chosen[-1]) if chosen else "local"
 
 
 def describe(job: Job, arguments: Arguments) -> str:

@@ -1,0 +1,69 @@
+"""Progress on a terminal and in a log; a signal as a wish to stop."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+
+from rich.console import Console
+
+from nemo_fp8_recipes.training import display
+from nemo_fp8_recipes.training.interruption import watch_signals
+
+
+def test_a_terminal_gets_a_bar_with_loss_and_step_time() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    with display.progress(console, total=10, done=4) as line:
+        line.update(5, 3.14159, 123.4)
+    shown = text.getvalue()
+    assert "3.1416" in shown
+    assert "123 ms/step" in shown
+    assert "5/10" in shown
+
+
+def test_a_log_gets_few_lines_but_the_first_and_the_last() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    with display.progress(console, total=100, done=0) as line:
+        for step in range(1, 101):
+            line.update(step, 1.0 / step, 10.0)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "step 1/100  loss 1.0000  10 ms/step"
+    assert lines[-1] == "step 100/100  loss 0.0100  10 ms/step"
+    assert len(lines) < 5
+
+
+def test_other_ranks_are_silent(capsys) -> None:
+    console = display.make_console(quiet=True)
+    display.banner(console, {"recipe": "mxfp8"})
+    with display.progress(console, total=1, done=0) as line:
+        line.update(1, 1.0, 1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_signal_is_a_wish_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with watch_signals() as interruption:
+        assert interruption.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_signal_ends_the_process() -> None:
+    program = (
+        "import os, signal\n"
+        "from nemo_fp8_recipes.training.interruption import watch_signals\n"
+        "with watch_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('too late', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "still here\n"

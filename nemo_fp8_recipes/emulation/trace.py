@@ -75,14 +75,16 @@ class QuantizeRecord:
 
     Attributes:
         quantizer: class name of TE's quantizer.
-        format: "e4m3" or "e5m2".
+        format: "e4m3", "e5m2" or "e2m1".
         shape: shape of the tensor.
         rowwise, columnwise: directions that were asked for.
         source: the binding function that quantised ("quantize", "layernorm_fwd", "bgrad_quantize", …).
         force_pow_2_scales: power-of-two scales; None where the quantizer has no such option.
         amax_epsilon: lower bound on the amax; None where the quantizer has no such option.
         block_scaling_dim: 1 or 2 for block scaling, else None.
-        with_2d_quantization: MXFP8's 32x32 blocks; None where the quantizer has no such option.
+        with_2d_quantization: MXFP8's 32x32 or NVFP4's 16x16 blocks; None where the quantizer has no such
+            option.
+        with_rht, stochastic_rounding: NVFP4's Hadamard transform and rounding; None elsewhere.
         with_amax_reduction: the amax was reduced over a process group.
     """
 
@@ -96,6 +98,8 @@ class QuantizeRecord:
     amax_epsilon: float | None = None
     block_scaling_dim: int | None = None
     with_2d_quantization: bool | None = None
+    with_rht: bool | None = None
+    stochastic_rounding: bool | None = None
     with_amax_reduction: bool = False
 
 

@@ -9,6 +9,7 @@ TE source it follows; the quantisers themselves are in `nemo_fp8_recipes.numeric
     per_tensor.py     storage of delayed and tensorwise scaling
     mxfp8.py          storage of MXFP8
     blockwise.py      storage of block scaling
+    nvfp4.py          storage of NVFP4
     operands.py       what a GEMM reads
     gemm.py           matrix multiplication
     …                 activation, normalization, softmax, amax_update, partial_cast, multi_tensor, transpose,

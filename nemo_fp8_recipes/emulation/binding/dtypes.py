@@ -1,4 +1,4 @@
-"""Between Transformer Engine's element types, torch's, and the FP8 formats of `numerics`."""
+"""Between Transformer Engine's element types, torch's, and the FP8 and FP4 formats of `numerics`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from nemo_fp8_recipes.emulation.binding.checks import nvte_error
 from nemo_fp8_recipes.numerics.formats import E4M3, E5M2, Fp8Format
 
-__all__ = ["fp8_format", "short_name", "torch_dtype"]
+__all__ = ["element_format", "fp8_format", "short_name", "torch_dtype"]
 
 _TORCH: dict[int, torch.dtype] = {
     0: torch.uint8,
@@ -19,6 +19,7 @@ _TORCH: dict[int, torch.dtype] = {
     6: torch.bfloat16,
 }
 _FP8: dict[int, Fp8Format] = {7: E4M3, 8: E5M2}
+_FP4 = 10
 _SHORT: dict[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -48,6 +49,15 @@ def fp8_format(tag: Any) -> Fp8Format:
     if fmt is None:
         nvte_error("common/common.h", f"Invalid type for 8 bit: {int(tag)}.")
     return fmt
+
+
+def element_format(tag: Any) -> str:
+    """What records call a quantised TE element type: "e4m3", "e5m2", "e2m1".
+
+    Raises:
+        RuntimeError: the type is not a quantised type.
+    """
+    return "e2m1" if int(tag) == _FP4 else fp8_format(tag).name
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.activation import gelu_backward, gelu_forward
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
-from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, short_name, torch_dtype
+from nemo_fp8_recipes.emulation.binding.dtypes import element_format, short_name, torch_dtype
 from nemo_fp8_recipes.emulation.binding.gemm_problem import Epilogue, Problem
-from nemo_fp8_recipes.emulation.binding.operands import PER_TENSOR, Operand, operand
+from nemo_fp8_recipes.emulation.binding.operands import NVFP4_SCALING, PER_TENSOR, Operand, operand
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
 from nemo_fp8_recipes.emulation.trace import GemmRecord, OperandRecord, observers
+from nemo_fp8_recipes.numerics.nvfp4 import gemm_scale
 
 __all__ = ["generic_gemm", "te_general_grouped_gemm"]
 
@@ -140,7 +141,7 @@ def generic_gemm(
         if bias is not None and grad:
             bias_grad = _bias_grad(b).to(dtype)
         if observers():
-            written = short_name(dtype) if quantizer is None else fp8_format(quantizer.dtype).name
+            written = short_name(dtype) if quantizer is None else element_format(quantizer.dtype)
             _record(problem, use_split_accumulator, accumulate, written)
 
     if quantizer is not None:
@@ -232,6 +233,8 @@ def _multiply(problem: Problem, alpha: float) -> Tensor:
     a, a_factor = problem.a.matrix()
     b, b_factor = problem.b.matrix()
     product = torch.mm(b.t() if problem.trans_b else b, a.t() if problem.trans_a else a)
+    if a_factor is not None and b_factor is not None and problem.a.scaling == NVFP4_SCALING:
+        return product.mul_(gemm_scale(a_factor, b_factor, alpha))
     if a_factor is not None and b_factor is not None:
         product.mul_(a_factor * b_factor)
     return product.mul_(alpha) if alpha != 1.0 else product
@@ -239,6 +242,8 @@ def _multiply(problem: Problem, alpha: float) -> Tensor:
 
 def _bias_grad(b: Operand) -> Tensor:
     """Sum of B over its rows, fp32 [columns]. In every GEMM with a bias gradient B is the output gradient."""
+    if b.scaling == NVFP4_SCALING:
+        not_emulated("generic_gemm with a bias gradient of an NVFP4 tensor")
     matrix, factor = b.matrix()
     total = matrix.sum(dim=0)
     return total if factor is None else total.mul_(factor)

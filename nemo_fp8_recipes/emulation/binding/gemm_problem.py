@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported, sm_arch
-from nemo_fp8_recipes.emulation.binding.operands import PER_TENSOR, Operand
+from nemo_fp8_recipes.emulation.binding.operands import NVFP4_SCALING, PER_TENSOR, Operand
 from nemo_fp8_recipes.emulation.binding.storage import flat_2d
 
 __all__ = ["Epilogue", "Problem"]
@@ -89,6 +89,13 @@ class Problem:
         self._require_formats()
         if self.a.scaling == PER_TENSOR:
             self._require_per_tensor()
+        elif self.a.scaling == NVFP4_SCALING:
+            # cuBLAS asks for rows of whole 16 bytes: 32 elements of A and B, 8 of a 16-bit D.
+            nvte_check(
+                self.k % 32 == 0 and self.m % 8 == 0,
+                CUBLAS,
+                f"Unable to find suitable cuBLAS GEMM algorithm (m={self.m}, n={self.n}, k={self.k})",
+            )
         elif self.a.scaling in ("block_1d", "block_2d") and sm_arch() < 100:
             # From Blackwell on these run as MXFP8, which asks for none of this.
             self._require_blockwise(epilogue)

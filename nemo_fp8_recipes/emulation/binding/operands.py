@@ -15,20 +15,23 @@ from torch import Tensor
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCK, BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
-from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, short_name
+from nemo_fp8_recipes.emulation.binding.dtypes import element_format, fp8_format, short_name
 from nemo_fp8_recipes.emulation.binding.mxfp8 import BLOCK as MX_BLOCK
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, unswizzle
+from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.storage import flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics import nvfp4
 from nemo_fp8_recipes.numerics.blocks import dequantize_blocks
 from nemo_fp8_recipes.numerics.cast import decode
 from nemo_fp8_recipes.numerics.e8m0 import e8m0_to_fp32
 
-__all__ = ["PER_TENSOR", "Operand", "operand", "values"]
+__all__ = ["NVFP4_SCALING", "PER_TENSOR", "Operand", "operand", "values"]
 
 GEMM_SOURCE = "common/gemm/cublaslt_gemm.cu"
 
 PER_TENSOR = "tensorwise-or-delayed"
+NVFP4_SCALING = "nvfp4"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Operand:
         tensor: the tensor.
         columnwise: read along columns.
         shape: logical shape of the tensor.
-        format: "e4m3", "e5m2", "fp32", "bf16", "fp16".
-        scaling: "none", "tensorwise-or-delayed", "mxfp8", "block_1d", "block_2d".
+        format: "e4m3", "e5m2", "e2m1", "fp32", "bf16", "fp16".
+        scaling: "none", "tensorwise-or-delayed", "mxfp8", "nvfp4", "block_1d", "block_2d".
     """
 
     name: str
@@ -62,12 +65,16 @@ class Operand:
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         """fp32 matrix [rows, columns] in logical orientation (a view where that saves a transpose), and an
         fp32 factor (1,) that the product is still to be multiplied with: per-tensor scales are applied after
-        the sum, as cuBLAS does.
+        the sum, as cuBLAS does. For NVFP4 it is the amax, from which `gemm_scale` makes the factor of both.
         """
         if not self.quantized:
             return self.tensor.detach().reshape(flat_2d(self.shape)).to(torch.float32), None
         if self.scaling == PER_TENSOR:
             return _per_tensor_codes(self.tensor, self.columnwise), self.tensor._scale_inv.detach()
+        if self.scaling == NVFP4_SCALING:
+            packed, scale, largest = _nvfp4_buffers(self.tensor, self.columnwise)
+            matrix = nvfp4.block_values(packed, scale)
+            return matrix.t() if self.columnwise else matrix, largest
         return values(self.tensor, columnwise=self.columnwise), None
 
 
@@ -101,6 +108,14 @@ def operand(name: str, tensor: Any, *, columnwise: bool) -> Operand:
         data = tensor._columnwise_data if columnwise else tensor._rowwise_data
         nvte_check(data is not None, GEMM_SOURCE, missing)
         shape, scaling = BLOCKWISE.shape_of(tensor), "block_2d" if tensor._is_2D_scaled else "block_1d"
+    elif isinstance(tensor, classes.nvfp4_storage):
+        nvte_check(
+            not tensor._row_scaled_nvfp4, GEMM_SOURCE, "cuBLAS GEMM does not support row-scaled NVFP4 inputs."
+        )
+        data = tensor._columnwise_data if columnwise else tensor._rowwise_data
+        nvte_check(data is not None, GEMM_SOURCE, missing)
+        shape = NVFP4.shape_of(tensor)
+        return Operand(name, tensor, columnwise, shape, element_format(tensor._fp4_dtype), NVFP4_SCALING)
     else:
         not_emulated(f"generic_gemm with {type(tensor).__name__}")
     return Operand(name, tensor, columnwise, shape, fp8_format(tensor._fp8_dtype).name, scaling)
@@ -111,6 +126,9 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     direction.
     """
     classes = te_classes()
+    if isinstance(tensor, classes.nvfp4_storage):
+        dequantized = nvfp4.dequantize(*_nvfp4_buffers(tensor, columnwise))
+        return dequantized.t() if columnwise else dequantized
     fmt = fp8_format(tensor._fp8_dtype)
     if isinstance(tensor, classes.float8_storage):
         return _per_tensor_codes(tensor, columnwise).mul(tensor._scale_inv.detach())
@@ -137,6 +155,26 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
         block, natural = (1, BLOCK), scale[:, :m].t()
     matrix = dequantize_blocks(codes, natural, fmt, block)
     return matrix.t() if columnwise else matrix
+
+
+def _nvfp4_buffers(tensor: Any, columnwise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes [rows, columns / 2], their scales without padding and their amax; columnwise those of the
+    transposed matrix.
+
+    Raises:
+        NotImplementedError: a tensor quantised with 4over6.
+    """
+    if tensor._nvfp4_use_4over6:
+        not_emulated("reading an NVFP4 tensor with nvfp4_use_4over6")
+    direction = "columnwise" if columnwise else "rowwise"
+    packed = getattr(tensor, f"_{direction}_data")
+    scale = getattr(tensor, f"_{direction}_scale_inv")
+    largest = getattr(tensor, f"_amax_{direction}")
+    nvte_check(largest is not None, "common/recipe/nvfp4.cu", "amax_ptr is null")
+    if tensor._with_gemm_swizzled_scales:
+        scale = unswizzle(scale, columnwise=False)
+    packed = packed.reshape(packed.shape[0], -1) if columnwise else packed.reshape(flat_2d(packed.shape))
+    return packed, scale[: packed.shape[0], : packed.shape[1] * 2 // nvfp4.BLOCK], largest.detach()
 
 
 def _untransposed(shape: torch.Size) -> tuple[int, ...]:

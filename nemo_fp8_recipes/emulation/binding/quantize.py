@@ -17,8 +17,9 @@ from nemo_fp8_recipes.emulation.binding import operands
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
-from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, torch_dtype
+from nemo_fp8_recipes.emulation.binding.dtypes import element_format, torch_dtype
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
+from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED
 from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
@@ -45,7 +46,6 @@ def layout_of(quantizer: Any, caller: str) -> Layout:
     """The storage layout of a quantizer, recognised by its exact type as in C++.
 
     Raises:
-        NotImplementedError: a quantizer of TE whose format is not emulated (NVFP4).
         RuntimeError: not a quantizer that the C++ knows.
     """
     classes = te_classes()
@@ -58,8 +58,8 @@ def layout_of(quantizer: Any, caller: str) -> Layout:
         return MXFP8
     if kind is classes.blockwise_quantizer:
         return BLOCKWISE
-    if kind.__name__ == "NVFP4Quantizer":
-        return not_emulated(f"{caller} with {kind.__name__}")
+    if kind is classes.nvfp4_quantizer:
+        return NVFP4
     return nvte_error("pytorch/csrc/common.cpp", f"Unexpected type for quantizer: {kind.__name__}")
 
 
@@ -149,6 +149,10 @@ def dequantize(input: Any, otype: Any) -> Tensor:
     elif isinstance(input, classes.blockwise_storage):
         mode = "NVTE_BLOCK_SCALING_2D" if input._is_2D_scaled else "NVTE_BLOCK_SCALING_1D"
         nvte_error("common/cast/dispatch/dequantize.cuh", f"Not implemented scaling mode: {mode}.")
+    elif isinstance(input, classes.nvfp4_storage):
+        columnwise = False
+        shape = NVFP4.shape_of(input)
+        nvte_check(input._rowwise_data is not None, "common/common.h", "Input must have FP4 type.")
     elif isinstance(input, classes.quantized_storage):
         not_emulated(f"dequantize of {type(input).__name__}")
     else:
@@ -221,7 +225,7 @@ def compute_amax(input: Tensor, amax: Tensor) -> None:
 def _record(x: Tensor, quantizer: Any, caller: str) -> None:
     record = QuantizeRecord(
         quantizer=type(quantizer).__name__,
-        format=fp8_format(quantizer.dtype).name,
+        format=element_format(quantizer.dtype),
         shape=tuple(x.shape),
         rowwise=bool(quantizer.rowwise_usage),
         columnwise=bool(quantizer.columnwise_usage),
@@ -230,6 +234,8 @@ def _record(x: Tensor, quantizer: Any, caller: str) -> None:
         amax_epsilon=getattr(quantizer, "amax_epsilon", None),
         block_scaling_dim=getattr(quantizer, "block_scaling_dim", None),
         with_2d_quantization=getattr(quantizer, "with_2d_quantization", None),
+        with_rht=getattr(quantizer, "with_rht", None),
+        stochastic_rounding=getattr(quantizer, "stochastic_rounding", None),
         with_amax_reduction=bool(getattr(quantizer, "with_amax_reduction", False)),
     )
     for observer in observers():

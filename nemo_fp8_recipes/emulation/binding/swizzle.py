@@ -1,7 +1,8 @@
 """Block scales in the order that the GEMM reads.
 
-Follows `pytorch/csrc/extensions/swizzle.cpp` of Transformer Engine. Of the emulated formats only MXFP8 has
-such an order; for every other tensor these functions do nothing, as in C++.
+Follows `pytorch/csrc/extensions/swizzle.cpp` of Transformer Engine. Of the emulated formats MXFP8 and
+NVFP4 have such an order; for every other tensor these functions do nothing, as in C++. NVFP4's columnwise
+scales are those of the transposed matrix, so both directions are swizzled alike.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ __all__ = [
 
 
 def swizzle_scales_for_gemm_(tensor: Any) -> None:
-    """Replace the scales of an MXFP8 tensor by swizzled ones, unless they are already."""
-    if not isinstance(tensor, te_classes().mxfp8_storage) or tensor._with_gemm_swizzled_scales:
+    """Replace the scales of a tensor by swizzled ones, unless they are already."""
+    if not _needs_order(tensor):
         return
     if tensor._rowwise_scale_inv is not None:
         tensor._rowwise_scale_inv = swizzle(tensor._rowwise_scale_inv, columnwise=False)
     if tensor._columnwise_scale_inv is not None:
-        tensor._columnwise_scale_inv = swizzle(tensor._columnwise_scale_inv, columnwise=True)
+        tensor._columnwise_scale_inv = swizzle(
+            tensor._columnwise_scale_inv, columnwise=_along_columns(tensor)
+        )
     tensor._with_gemm_swizzled_scales = True
 
 
@@ -44,11 +47,22 @@ def multi_tensor_swizzle_scales_for_gemm_(
     )
     name = "_rowwise_scale_inv" if rowwise_usage else "_columnwise_scale_inv"
     for tensor in tensors:
-        if not isinstance(tensor, te_classes().mxfp8_storage) or tensor._with_gemm_swizzled_scales:
+        if not _needs_order(tensor):
             continue
         scales = getattr(tensor, name)
         if scales is not None:
-            setattr(tensor, name, swizzle(scales, columnwise=columnwise_usage))
+            setattr(tensor, name, swizzle(scales, columnwise=columnwise_usage and _along_columns(tensor)))
+
+
+def _needs_order(tensor: Any) -> bool:
+    classes = te_classes()
+    ordered = isinstance(tensor, (classes.mxfp8_storage, classes.nvfp4_storage))
+    return ordered and not tensor._with_gemm_swizzled_scales
+
+
+def _along_columns(tensor: Any) -> bool:
+    """Whether columnwise scales lie as the matrix does, not as its transpose."""
+    return isinstance(tensor, te_classes().mxfp8_storage)
 
 
 # The C++ variant skips checks of the scales' shapes.

@@ -27,6 +27,9 @@ class TeClasses(NamedTuple):
     blockwise_quantizer: Any
     blockwise_storage: Any
     blockwise_tensor: Any
+    nvfp4_quantizer: Any
+    nvfp4_storage: Any
+    nvfp4_tensor: Any
 
 
 @cache
@@ -34,12 +37,18 @@ def te_classes() -> TeClasses:
     """TE's classes; needs `transformer_engine.pytorch` to be importable."""
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
-    from transformer_engine.pytorch.tensor import float8_blockwise_tensor, float8_tensor, mxfp8_tensor
+    from transformer_engine.pytorch.tensor import (
+        float8_blockwise_tensor,
+        float8_tensor,
+        mxfp8_tensor,
+        nvfp4_tensor,
+    )
     from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
         Float8BlockwiseQTensorStorage,
     )
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
     from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
+    from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
 
     return TeClasses(
         dtype=DType,
@@ -54,4 +63,7 @@ def te_classes() -> TeClasses:
         blockwise_quantizer=float8_blockwise_tensor.Float8BlockQuantizer,
         blockwise_storage=Float8BlockwiseQTensorStorage,
         blockwise_tensor=float8_blockwise_tensor.Float8BlockwiseQTensor,
+        nvfp4_quantizer=nvfp4_tensor.NVFP4Quantizer,
+        nvfp4_storage=NVFP4TensorStorage,
+        nvfp4_tensor=nvfp4_tensor.NVFP4Tensor,
     )

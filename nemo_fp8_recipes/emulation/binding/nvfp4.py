@@ -1,0 +1,239 @@
+"""NVFP4: E2M1 elements packed in pairs, E4M3 block scales, an amax instead of a tensor scale.
+
+Follows `NVFP4Quantizer` in `pytorch/csrc/quantizer.cpp` and the kernels that it starts
+(`cast/dispatch/quantize.cuh`, `hadamard_transform/`). Buffers: `_rowwise_data` [..., K/2],
+`_rowwise_scale_inv` uint8 [M rounded up to 128, K/16 rounded up to 4], and of the transposed matrix
+`_columnwise_data` [K, M/2], `_columnwise_scale_inv` [K rounded up to 128, M/16 rounded up to 4]; padding is
+zero. `_amax_rowwise` and `_amax_columnwise` fp32 (1,), or one a row with row scaling. The Hadamard transform
+is applied to columnwise data only, whose amax is then that of the transformed matrix. With the quantizer's
+`optimize_for_gemm` the scales are in the GEMM's swizzled order where TE's fused kernels write them so.
+
+Stochastic rounding draws from torch's default generator, as the device's generator does on a GPU; the bits
+are others. Not emulated: 4over6, and what NVTE_USE_FAST_MATH changes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
+from nemo_fp8_recipes.emulation.binding.device import sm_arch
+from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
+from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.numerics import amax, hadamard, nvfp4
+
+__all__ = ["NVFP4", "Nvfp4Scaling", "scale_shape"]
+
+BLOCK = nvfp4.BLOCK
+_DISPATCH = "common/cast/dispatch/quantize.cuh"
+_TAGS = {torch.float32: 4, torch.float16: 5, torch.bfloat16: 6}
+
+
+def scale_shape(m: int, k: int) -> tuple[int, int]:
+    """Padded shape of the scales of an [m, k] matrix, blocks along k."""
+    return (-(-m // TILE_M) * TILE_M, -(-(k // BLOCK) // TILE_K) * TILE_K)
+
+
+class Nvfp4Scaling:
+    """Storage of `NVFP4Quantizer`."""
+
+    attributes: tuple[str, ...] = (
+        "_rowwise_data",
+        "_rowwise_scale_inv",
+        "_columnwise_data",
+        "_columnwise_scale_inv",
+        "_amax_rowwise",
+        "_amax_columnwise",
+    )
+
+    def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        m, k = flat_2d(shape)
+        got = f"(got shape={tuple(shape)})"
+        nvte_check(m % BLOCK == 0, SOURCE, f"First dim for NVFP4 must be divisible by {BLOCK} {got}")
+        nvte_check(k % BLOCK == 0, SOURCE, f"NVFP4 requires tensor dims that are divisible by {BLOCK} {got}")
+        row_scaled = bool(quantizer.row_scaled_nvfp4)
+        nvte_check(
+            not row_scaled or quantizer.rowwise_usage,
+            SOURCE,
+            "Row-scaled NVFP4 quantization requires rowwise usage.",
+        )
+        specs: dict[str, BufferSpec] = {}
+        if quantizer.rowwise_usage:
+            specs["_rowwise_data"] = ((*shape[:-1], k // 2), torch.uint8)
+            specs["_rowwise_scale_inv"] = (scale_shape(m, k), torch.uint8)
+            specs["_amax_rowwise"] = ((m if row_scaled else 1,), torch.float32)
+        if quantizer.columnwise_usage:
+            specs["_columnwise_data"] = ((k, m // 2), torch.uint8)
+            specs["_columnwise_scale_inv"] = (scale_shape(k, m), torch.uint8)
+            specs["_amax_columnwise"] = ((k if row_scaled else 1,), torch.float32)
+        return specs
+
+    def shape_of(self, tensor: Any) -> tuple[int, ...]:
+        nvte_check(
+            isinstance(tensor, te_classes().nvfp4_storage),
+            SOURCE,
+            "NVFP4Quantizer must output to IsNVFP4Tensor.",
+        )
+        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
+        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "NVFP4Tensor has no data.")
+        if rowwise is None:
+            return (*columnwise.shape[1:-1], columnwise.shape[-1] * 2, columnwise.shape[0])
+        shape = (*rowwise.shape[:-1], rowwise.shape[-1] * 2)
+        if columnwise is not None:
+            transposed = (columnwise[0].numel() * 2 if columnwise.shape[0] else 0, columnwise.shape[0])
+            nvte_check(
+                flat_2d(shape) == transposed or 0 in shape,
+                SOURCE,
+                f"NVFP4 row-wise data (shape={shape}) and column-wise data (shape={transposed}) do not match",
+            )
+        return shape
+
+    def encode(self, quantizer: Any, x: Tensor) -> Buffers:
+        _require_supported(quantizer, x)
+        matrix = x.view(flat_2d(x.shape))
+        specs = self.specs(quantizer, x.shape)
+        columns: Tensor | None = None
+        if "_columnwise_data" in specs:
+            columns = matrix.t().contiguous()
+            if quantizer.with_rht:
+                columns = hadamard.random_hadamard_transform(columns, quantizer.rht_matrix_random_sign_mask_t)
+        buffers = self._amaxes(quantizer, matrix, columns, specs)
+        if "_rowwise_data" in specs:
+            self._direction(quantizer, "rowwise", matrix, specs, buffers, self._swizzled(quantizer, x.shape))
+        if columns is not None:
+            self._direction(
+                quantizer, "columnwise", columns, specs, buffers, self._swizzled(quantizer, x.shape)
+            )
+        return buffers
+
+    def wrap(
+        self,
+        quantizer: Any,
+        buffers: Mapping[str, Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        classes = te_classes()
+        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
+        fields |= {
+            "fp4_dtype": classes.dtype.cast(quantizer.dtype),
+            "quantizer": quantizer,
+            "with_gemm_swizzled_scales": self._swizzled(quantizer, shape),
+            "row_scaled_nvfp4": bool(quantizer.row_scaled_nvfp4),
+            "nvfp4_use_4over6": bool(quantizer.nvfp4_use_4over6),
+            "nvfp4_e4m3_max": int(quantizer.nvfp4_e4m3_max),
+        }
+        if quantizer.internal:
+            return classes.nvfp4_storage(**fields, fake_dtype=dtype)
+        return classes.nvfp4_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+
+    def retag(self, quantizer: Any, tensor: Any) -> None:
+        tensor._row_scaled_nvfp4 = bool(quantizer.row_scaled_nvfp4)
+        tensor._with_gemm_swizzled_scales = self._swizzled(quantizer, self.shape_of(tensor))
+        tensor._nvfp4_use_4over6 = bool(quantizer.nvfp4_use_4over6)
+        tensor._nvfp4_e4m3_max = int(quantizer.nvfp4_e4m3_max)
+
+    def _amaxes(
+        self, quantizer: Any, rows: Tensor, columns: Tensor | None, specs: Mapping[str, BufferSpec]
+    ) -> Buffers:
+        """The amax buffers. Without Hadamard transform and row scaling both directions have the same."""
+        found: Buffers = {}
+        each = 1 if quantizer.row_scaled_nvfp4 else None
+        if "_amax_rowwise" in specs:
+            found["_amax_rowwise"] = amax(rows, dim=each).view(-1)
+        if columns is not None:
+            found["_amax_columnwise"] = amax(columns, dim=each).view(-1)
+        if quantizer.with_amax_reduction:
+            group = quantizer._canonicalized_amax_reduction_group()
+            for largest in found.values():
+                torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return found
+
+    def _direction(
+        self,
+        quantizer: Any,
+        direction: str,
+        matrix: Tensor,
+        specs: Mapping[str, BufferSpec],
+        buffers: Buffers,
+        swizzled: bool,
+    ) -> None:
+        """Quantise one direction: `matrix` along its rows, under the amax that is in `buffers`."""
+        quantize = nvfp4.quantize_2d if quantizer.with_2d_quantization else nvfp4.quantize_1d
+        packed, scale = quantize(
+            matrix, buffers[f"_amax_{direction}"], stochastic=bool(quantizer.stochastic_rounding)
+        )
+        if quantizer.with_2d_quantization:
+            scale = scale.repeat_interleave(BLOCK, dim=0)
+        rows, columns = specs[f"_{direction}_scale_inv"][0]
+        padded = pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
+        buffers[f"_{direction}_data"] = packed.view(specs[f"_{direction}_data"][0])
+        buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded
+
+    def _swizzled(self, quantizer: Any, shape: Sequence[int]) -> bool:
+        """Whether the kernel for this shape writes swizzled scales (`nvfp4_emits_gemm_swizzled_scales`)."""
+        if not quantizer.optimize_for_gemm or not 100 <= sm_arch() <= 110:
+            return False
+        m, k = flat_2d(shape)
+        if quantizer.with_rht:
+            return m % 64 == 0 and k % 128 == 0
+        square = quantizer.with_2d_quantization and not quantizer.row_scaled_nvfp4
+        return bool(square) and not quantizer.nvfp4_use_4over6 and m % 128 == 0 and k % 128 == 0
+
+
+def _require_supported(quantizer: Any, x: Tensor) -> None:
+    """What TE's kernels refuse, in its words, and what is not emulated.
+
+    Raises:
+        RuntimeError: dtypes and combinations of options that TE has no kernel for.
+        NotImplementedError: 4over6, fast math, square blocks together with the Hadamard transform.
+    """
+    if sm_arch() < 100:
+        nvte_error(_DISPATCH, "NVFP4 quantization needs compute capability 10.0 or later.")
+    if quantizer.nvfp4_use_4over6:
+        not_emulated("quantize with NVFP4Quantizer(nvfp4_use_4over6=True)")
+    if os.environ.get("NVTE_USE_FAST_MATH", "0") not in ("", "0"):
+        not_emulated("quantize with NVFP4Quantizer and NVTE_USE_FAST_MATH", "Unset NVTE_USE_FAST_MATH.")
+    if quantizer.row_scaled_nvfp4:
+        _require_row_scaled(quantizer, x)
+    if not quantizer.with_rht:
+        return
+    if x.dtype != torch.bfloat16:
+        nvte_error(
+            SOURCE,
+            f"RHT is only supported for bfloat16 input, got dtype enum value {_TAGS.get(x.dtype, x.dtype)}",
+        )
+    if not quantizer.with_post_rht_amax:
+        nvte_error(SOURCE, "Pre-RHT amax is not supported yet. Use with_post_rht_amax=true instead.")
+    if quantizer.with_2d_quantization:
+        not_emulated("quantize with NVFP4Quantizer(with_rht=True, with_2d_quantization=True)")
+
+
+def _require_row_scaled(quantizer: Any, x: Tensor) -> None:
+    for option, what in (
+        ("with_rht", "RHT"),
+        ("with_2d_quantization", "2D quantization"),
+        ("stochastic_rounding", "stochastic rounding"),
+        ("with_amax_reduction", "amax reduction"),
+    ):
+        nvte_check(
+            not getattr(quantizer, option), SOURCE, f"Row-scaled NVFP4 quantization does not support {what}."
+        )
+    m, k = flat_2d(x.shape)
+    nvte_check(
+        not quantizer.columnwise_usage or (x.dtype == torch.bfloat16 and m % 32 == 0 and k % 32 == 0),
+        _DISPATCH,
+        "Row-scaled NVFP4 transpose quantization requires BF16 input and dimensions that are "
+        "multiples of 32.",
+    )
+
+
+NVFP4 = Nvfp4Scaling()

@@ -16,6 +16,7 @@ from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
 from nemo_fp8_recipes.start import start
 from nemo_fp8_recipes.training.layout import check_layout
+from nemo_fp8_recipes.training.primary_weights import check_primary_weights
 from nemo_fp8_recipes.training.settings import read_settings
 from nemo_fp8_recipes.training.versions import installed_versions
 
@@ -36,6 +37,7 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
     settings = read_settings(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(settings.model, settings.training, settings.parallel, processes)
+    check_primary_weights(settings.recipe)
     job = start(config)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,13 @@ from nemo_fp8_recipes.launch import worker
 from nemo_fp8_recipes.launch.directory import LaunchDirectory
 from nemo_fp8_recipes.launch.progress import HangWatch
 
-__all__ = ["HUNG", "Agent"]
+__all__ = ["HUNG", "STOPPED", "Agent"]
 
 HUNG = 124
 """Exit status of a job that was ended because it hung."""
+
+STOPPED = (None, 0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit statuses that are no failure: not known yet, finished, stopped as asked."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.1
@@ -52,6 +55,8 @@ class Agent:
     watch: HangWatch
     stop_timeout: float
     """Seconds that the processes may take to end after the wish to stop."""
+    failed_elsewhere: Callable[[], int | None]
+    """The exit status with which another node failed, if one did."""
     output: Path | None
     """Where torchrun's own words go: they explain a failure only when no process of the job could."""
     log_to_file: bool
@@ -169,10 +174,9 @@ class Agent:
             return HUNG
         if returned == 0:
             return 0
-        stopped = {128 + signal.SIGTERM, 128 + signal.SIGINT}
         ranks = self._own_ranks()
         for record in ranks:
-            if record["exit_code"] not in (None, 0, *stopped):
+            if record["exit_code"] not in STOPPED:
                 self._show_failure(record)
                 return int(record["exit_code"])
         for record in ranks:
@@ -180,8 +184,11 @@ class Agent:
                 _say(f"rank {record['rank']} was killed; its log: {self.directory.log(record['rank'])}")
                 return 128 + signal.SIGKILL
         for record in ranks:
-            if record["exit_code"] in stopped:
+            if record["exit_code"] not in (None, 0):
                 self._await_rank_0()
+                elsewhere = self.failed_elsewhere()
+                if elsewhere is not None:  # why the scheduler stopped this node
+                    return elsewhere
                 return int(record["exit_code"]) if self._asked != signal.SIGINT else 128 + signal.SIGINT
         if self.output is not None:
             _say(f"torchrun failed; all it said is in {self.output}")

@@ -35,6 +35,8 @@ class Claim:
     directory: LaunchDirectory
     resume: bool
     """Whether the job goes on with what the directory holds."""
+    attempt: int = 1
+    """Which start of jobs in this directory it is, counted from 1; the same on all nodes."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about how the directory was found."""
     _alive: int | None = None
@@ -88,7 +90,7 @@ def _prepare(
     directory = LaunchDirectory(job.run_dir)
     directory.create()
     with directory.exclusive():
-        record = directory.read_job()
+        record = before = directory.read_job()
         alive = directory.is_alive()
         same_job = record is not None and record["job_id"] == job.id
         # Another node of this job was here first, or the batch system's submission was.
@@ -114,8 +116,11 @@ def _prepare(
             result.notes.append(
                 f"The run saved no checkpoint to go on from: it starts anew; its files are in {put}."
             )
-        if not (joins and alive):
-            directory.write_job(_record(job, command, state, record, extra))
+        if joins and alive and record is not None:
+            result.attempt = record["attempt"]
+        else:
+            result.attempt = (before["attempt"] if before is not None else 0) + (state == "started")
+            directory.write_job({**_record(job, command, state, record, extra), "attempt": result.attempt})
         if state == "started":
             result._alive = directory.hold_alive()
     return result

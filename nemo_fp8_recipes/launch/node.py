@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nemo_fp8_recipes.launch import environment, gpus
-from nemo_fp8_recipes.launch.agent import Agent
+from nemo_fp8_recipes.launch.agent import STOPPED, Agent
 from nemo_fp8_recipes.launch.check import check_node
 from nemo_fp8_recipes.launch.claim import Claim, node_name
 from nemo_fp8_recipes.launch.plan import Job
@@ -83,6 +83,7 @@ def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = 
         "node": name,
         "host": socket.gethostname(),
         "job_id": job.id,
+        "attempt": claimed.attempt,
         "pid": os.getpid(),
         "processes": processes.count,
         "gpus": [gpu.name for gpu in found],
@@ -110,12 +111,27 @@ def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = 
             by_output=job.payload.kind != "train",
         ),
         stop_timeout=job.launcher.stop_timeout_seconds,
+        failed_elsewhere=lambda: _failed_elsewhere(claimed, name),
         output=claimed.directory.torchrun_log(name) if processes.prefix else None,
         log_to_file=processes.log_to_file,
     )
     status = agent.run()
     atomic_write_json(file, {**record, "ended": _now(), "exit_code": status})
     return status
+
+
+def _failed_elsewhere(claimed: Claim, name: str) -> int | None:
+    """The exit status with which another node of this attempt failed, if one did."""
+    return next(
+        (
+            node["exit_code"]
+            for node in claimed.directory.nodes()
+            if node["node"] != name
+            and node["attempt"] == claimed.attempt
+            and node["exit_code"] not in STOPPED
+        ),
+        None,
+    )
 
 
 def _now() -> str:

@@ -121,6 +121,21 @@ def test_options_of_sbatch_stay_one_comment_to_bash(in_tmp: Path, text: str) -> 
     execute(written, in_tmp)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain-1.2:3", "#SBATCH --comment=plain-1.2:3"),
+        ('say "hi"', '#SBATCH --comment="say \\"hi\\""'),
+        ("a # b", '#SBATCH --comment="a # b"'),
+        ("back\\slash \\", '#SBATCH --comment="back\\\\slash \\\\"'),
+        ("it's", '#SBATCH --comment="it\'s"'),
+    ],
+)
+def test_an_option_is_written_as_sbatchs_reader_wants_it(in_tmp: Path, text: str, line: str) -> None:
+    """Worked out by hand from what a real sbatch made of them: a backslash counts within quotes too."""
+    assert line in script(override("launcher.comment", text)).splitlines()
+
+
 def test_everything_that_was_asked_for_is_in_the_script(in_tmp: Path) -> None:
     written = script(
         "launcher.account=acct",
@@ -157,6 +172,7 @@ def test_everything_that_was_asked_for_is_in_the_script(in_tmp: Path) -> None:
     assert "scontrol requeue" not in written
     check, run = execute(written.replace("--requeue", ""), in_tmp)
     assert {"--nodes=3", "--cpus-per-task=16", "--cpu-bind=none", "--kill-on-bad-exit=1"} <= set(run)
+    assert "--kill-on-bad-exit=0" in check
     assert "--ntasks-per-node=1" in check
 
 

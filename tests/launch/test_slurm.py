@@ -192,8 +192,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 LONG = (
     "fp8_recipe=delayed",
     *SMALL,
-    "training.steps=60",
-    "training.save_every=50",
+    "training.steps=400",
+    "training.save_every=1000",
     "telemetry.enabled=false",
 )
 
@@ -208,7 +208,7 @@ def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_los
     cluster.run("scancel", "--batch", "--signal=USR1", job_id)
     cluster.wait(job_id, "PENDING", seconds=90)
     saved = max(losses(run_dir))
-    assert 5 <= saved < 60
+    assert 5 <= saved < 400
     state = runs(cluster, run_dir)
     assert (state["state"], state["checkpoint_step"]) == ("queued", saved)
     assert record(run_dir)["status"] == "interrupted"
@@ -265,7 +265,7 @@ def test_scancel_with_sigterm_saves_and_leaves_a_resumable_run(cluster: Cluster,
     assert "--resume" in again.errors
     resumed = submit(*LONG, "run_dir=run", "--resume", wait=True)
     assert resumed.status == 0, output(run_dir)
-    assert max(losses(run_dir)) == 60
+    assert max(losses(run_dir)) == 400
 
 
 POISON = "import os\nopen(os.environ['TORCH_MARK'], 'a').close()\nraise ImportError('torch was imported')\n"

@@ -146,8 +146,10 @@ def test_the_wish_to_stop_reaches_every_rank_once_and_lets_it_save(job: Path, nu
             time.sleep(0.1)
         process.send_signal(number)
         if number is signal.SIGTERM:  # SLURM's proctrack/linuxproc sends it to every process itself
-            for record in ranks(directory / "run"):
-                os.kill(record["pid"], signal.SIGTERM)
+            for _ in range(2):
+                for record in ranks(directory / "run"):
+                    os.kill(record["pid"], signal.SIGTERM)
+                time.sleep(0.5)
         status = process.wait(60)
     finally:
         process.kill()
@@ -157,7 +159,8 @@ def test_the_wish_to_stop_reaches_every_rank_once_and_lets_it_save(job: Path, nu
     assert (directory / "saved-1").exists()
 
 
-def test_when_the_launcher_is_killed_nothing_of_the_job_stays(job: Path) -> None:
+@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+def test_when_what_started_it_is_killed_nothing_of_the_job_stays(job: Path, victim: str) -> None:
     process = subprocess.Popen(
         nemo_fp8("launch", *TWO, "run_dir=run", "--", "job.py", "hangs"),
         env=clean_environment(),
@@ -168,14 +171,21 @@ def test_when_the_launcher_is_killed_nothing_of_the_job_stays(job: Path) -> None
     while len(list(job.parent.glob("seen-*.json"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    if victim == "launcher":
+        process.kill()
+    else:
+        os.kill(_parent(ranks(job.parent / "run")[0]["pid"]), signal.SIGKILL)
+    assert process.wait(60) != 0
     left = {record["pid"] for record in ranks(job.parent / "run")}
     deadline = time.monotonic() + 60
     while left:
         left = {pid for pid in left if Path(f"/proc/{pid}").exists() and not _is_zombie(pid)}
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.2)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _is_zombie(pid: int) -> bool:

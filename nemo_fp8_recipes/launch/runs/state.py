@@ -92,7 +92,7 @@ def _read(path: Path) -> Run:
     checkpoint = newest_complete_step(path)
     step, loss = _last_metrics(path / "metrics.jsonl")
     nodes = launch.nodes() if job is not None else []
-    codes = [node["exit_code"] for node in nodes if node["job_id"] == (job or {}).get("job_id")]
+    codes = [node["exit_code"] for node in nodes if node["attempt"] == (job or {}).get("attempt")]
     state, reason = _state(path, record, job, launch, codes)
     recipe = (record or job or {}).get("recipe", {})
     return Run(

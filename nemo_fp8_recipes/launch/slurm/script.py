@@ -168,18 +168,22 @@ def _commands(job: Job, arguments: Arguments) -> Iterator[str]:
         yield f"  -- {shlex.join(arguments.payload.words)}"
     yield ")"
     yield "srun=("
-    yield f"  srun --nodes={launcher.nodes} --kill-on-bad-exit=1"
+    yield f"  srun --nodes={launcher.nodes}"
     for option in (*_srun_options(job), *launcher.srun_arguments):
         yield f"  {shlex.quote(option)}"
     yield ")"
     yield ""
-    yield "# Will it run? On every node, before torch is imported on any."
+    yield "# Will it run? Every node answers, before torch is imported on any."
     yield (
-        f'NEMO_FP8_ONLY_CHECK=1 "${{srun[@]}}" --ntasks={launcher.nodes} --ntasks-per-node=1 "${{launch[@]}}"'
+        f'NEMO_FP8_ONLY_CHECK=1 "${{srun[@]}}" --ntasks={launcher.nodes} --ntasks-per-node=1 '
+        '--kill-on-bad-exit=0 "${launch[@]}"'
     )
     yield ""
     tasks = _tasks_per_node(job)
-    yield f'"${{srun[@]}}" --ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} "${{launch[@]}}" &'
+    yield (
+        f'"${{srun[@]}}" --ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} '
+        '--kill-on-bad-exit=1 "${launch[@]}" &'
+    )
     yield "job=$!"
 
 

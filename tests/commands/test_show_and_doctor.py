@@ -131,8 +131,10 @@ def test_doctor_json(capsys):
     assert said["emulated"] is True
 
 
-def test_doctor_of_nvfp4_where_it_would_be_emulated(capsys):
-    status, out = run(capsys, "doctor", "fp8_recipe=nvfp4", "device=emulated")
+def test_doctor_of_an_option_that_is_not_emulated(capsys):
+    option = "fp8_recipe.nvfp4_4over6=weights"
+    status, out = run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=emulated")
     assert status == 1
     assert "not emulated" in " ".join(out.out.split())
-    assert run(capsys, "doctor", "fp8_recipe=nvfp4", "device=native", "hardware=b200")[0] == 0
+    assert run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=native", "hardware=b200")[0] == 0
+    assert run(capsys, "doctor", "fp8_recipe=nvfp4", "device=emulated")[0] == 0

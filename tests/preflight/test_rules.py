@@ -99,7 +99,16 @@ FOUND = [
     ),
     ("FP8-HW-004", job("blockwise", cuda_version=(12, 8)), job("blockwise", cuda_version=(12, 9))),
     ("FP8-HW-004", job("blockwise", cuda_version=(12, 8)), job("mxfp8", cuda_version=(12, 8))),
-    ("FP8-EMU-001", job("nvfp4", emulated=True), job("nvfp4")),
+    (
+        "FP8-EMU-001",
+        job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
+        job("nvfp4", options={"nvfp4_4over6": "weights"}),
+    ),
+    (
+        "FP8-EMU-001",
+        job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
+        job("nvfp4", emulated=True),
+    ),
     ("FP8-EMU-002", job(options={"fp8_dpa": True}, emulated=True), job(options={"fp8_dpa": True})),
     (
         "FP8-ATT-001",
@@ -130,6 +139,7 @@ FOUND = [
     ("FP8-NUM-003", job("delayed", options={"amax_compute_algo": "most_recent"}), job("delayed")),
     ("FP8-PAR-001", job(parallel=Parallel(pp=3)), job(parallel=Parallel(pp=2))),
     ("FP8-PAR-001", job(parallel=Parallel(tp=8)), job(parallel=Parallel(tp=4))),
+    ("FP8-PAR-002", job(parallel=Parallel(ep=2)), job()),
     (
         "FP8-PLC-001",
         job(options={"num_layers_at_end_in_bf16": 3}, parallel=Parallel(pp=4)),

@@ -9,8 +9,8 @@ from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import OPERANDS, Blockwise
 
-# What emulation/ has no kernels for yet. Emptying this tuple is all that preflight needs when it has.
-NOT_EMULATED = ("nvfp4",)
+# Options of a recipe that emulation/ has no kernels for, with the value that it has them for.
+NOT_EMULATED = {"nvfp4": {"nvfp4_4over6": "none"}}
 
 _QUANTIZATION = "transformer_engine/pytorch/quantization.py"
 
@@ -101,16 +101,20 @@ def cuda_for_blockwise(job: PreflightInput) -> Iterator[Problem]:
         )
 
 
-@rule("FP8-EMU-001", "error", "the recipe is not emulated", source="nemo_fp8_recipes/emulation")
+@rule("FP8-EMU-001", "error", "an option of the recipe is not emulated", source="nemo_fp8_recipes/emulation")
 def recipe_emulated(job: PreflightInput) -> Iterator[Problem]:
-    if job.emulated and job.recipe.name in NOT_EMULATED:
-        yield Problem(
-            message=f"fp8_recipe={job.recipe.name} is not emulated yet: it can be configured, and runs on a "
-            "Blackwell GPU.",
-            key="fp8_recipe",
-            value=job.recipe.name,
-            fix="Run it on a GPU, or choose fp8_recipe=mxfp8 here.",
-        )
+    if not job.emulated:
+        return
+    for option, emulated in NOT_EMULATED.get(job.recipe.name, {}).items():
+        value = getattr(job.recipe, option)
+        if value != emulated:
+            yield Problem(
+                message=f"fp8_recipe.{option}={value} is not emulated: it can be configured, and runs on a "
+                "GPU.",
+                key=f"fp8_recipe.{option}",
+                value=value,
+                fix=f"Set fp8_recipe.{option}={emulated}, or run on a GPU.",
+            )
 
 
 @rule("FP8-EMU-002", "error", "FP8 attention is not emulated", source="nemo_fp8_recipes/emulation")

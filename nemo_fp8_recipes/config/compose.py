@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.config.overrides import RECIPE_GROUP, parse, translate
 from nemo_fp8_recipes.config.paths import ROOT_CONFIG, conf_dir, groups
+from nemo_fp8_recipes.config.scale import tiny
 from nemo_fp8_recipes.config.schema import validate
 from nemo_fp8_recipes.errors import ConfigError
 
@@ -38,7 +39,17 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise _diagnose(parsed, error) from error
     validate(config)
+    if config.model.scale == "tiny":
+        _cut_down(config, given={override.key_or_group for override in parsed})
+        validate(config)
     return config
+
+
+def _cut_down(config: DictConfig, given: set[str]) -> None:
+    """Put model.scale=tiny into effect; sizes that the user gave stay."""
+    for key, value in tiny(config.model).items():
+        if f"model.{key}" not in given:
+            config.model[key] = value
 
 
 def _hydra(overrides: list[str]) -> DictConfig:

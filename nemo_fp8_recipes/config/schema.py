@@ -29,11 +29,13 @@ class ParallelConfig:
     """Pipeline parallelism: stages that share the layers."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence."""
+    ep: int = 1
+    """Expert parallelism: ranks that share the experts of a layer."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks."""
 
     def __post_init__(self) -> None:
-        for key in ("tp", "pp", "cp"):
+        for key in ("tp", "pp", "cp", "ep"):
             if getattr(self, key) < 1:
                 raise ConfigError(
                     f"parallel.{key}={getattr(self, key)} is out of range.",

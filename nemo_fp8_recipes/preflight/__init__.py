@@ -8,12 +8,13 @@ from nemo_fp8_recipes.preflight.hardware import posing_device, recipes_for, runs
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.job import check, check_job, job_input
 from nemo_fp8_recipes.preflight.registry import Rule, all_rules
-from nemo_fp8_recipes.preflight.shapes import ModelShape, Parallel
+from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel, linears
 
 __all__ = [
     "SEVERITIES",
     "Finding",
     "Hardware",
+    "HybridShape",
     "ModelShape",
     "Parallel",
     "PreflightInput",
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "check_job",
     "job_input",
+    "linears",
     "posing_device",
     "recipes_for",
     "require",

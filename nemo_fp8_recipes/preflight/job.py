@@ -17,7 +17,7 @@ from nemo_fp8_recipes.preflight.finding import Finding, worst_first
 from nemo_fp8_recipes.preflight.hardware import posing_device
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.registry import all_rules
-from nemo_fp8_recipes.preflight.shapes import ModelShape, Parallel
+from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel
 from nemo_fp8_recipes.targets import transformer_engine, versions
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ def job_input(
             **{key: model[key] for key in _SHAPE_KEYS},
             micro_batch_size=values["training"]["micro_batch_size"],
             gated=model["activation"] == "swiglu",
+            hybrid=HybridShape(**model["hybrid"]) if model["hybrid"] is not None else None,
         ),
-        parallel=Parallel(
-            tp=parallel["tp"], pp=parallel["pp"], cp=parallel["cp"], sequence=parallel["sequence"]
-        ),
+        parallel=Parallel(**{key: parallel[key] for key in ("tp", "pp", "cp", "ep", "sequence")}),
         emulated=emulated,
         te_version=transformer_engine.installed_version(),
         cuda_version=_cuda_version(versions.installed("torch")),

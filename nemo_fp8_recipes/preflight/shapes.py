@@ -1,7 +1,8 @@
-"""The GEMMs of a dense GPT layer on one rank, and what their dimensions must divide by.
+"""The GEMMs of a model's layers on one rank, and what their dimensions must divide by.
 
 A linear layer with tokens M, output features N and input features K runs fprop (inner dimension K), dgrad
-(inner dimension N) and wgrad (inner dimension M). Embedding and output layer stay in BF16 in Megatron.
+(inner dimension N) and wgrad (inner dimension M). Embedding, output layer and the experts' router stay in
+BF16 in Megatron.
 """
 
 from __future__ import annotations
@@ -13,14 +14,52 @@ from typing import Any, Literal
 from nemo_fp8_recipes.preflight.hardware import Capability, any_gemm_layout
 from nemo_fp8_recipes.recipes import Recipe
 
-__all__ = ["Demand", "Dimension", "Linear", "ModelShape", "Parallel", "demands", "linears", "unmet"]
+__all__ = [
+    "Demand",
+    "Dimension",
+    "HybridShape",
+    "Linear",
+    "ModelShape",
+    "Parallel",
+    "demands",
+    "linears",
+    "unmet",
+]
 
 Dimension = Literal["tokens", "local tokens", "output features", "input features"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class HybridShape:
+    """Sizes of the Mamba and expert layers.
+
+    `layer_pattern` has a sign a layer: M Mamba-2, * attention, - MLP, E experts.
+    """
+
+    layer_pattern: str
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_state_dim: int
+    mamba_num_groups: int
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    expert_ffn_hidden_size: int | None = None
+    shared_expert_ffn_hidden_size: int | None = None
+
+    @property
+    def mamba_width(self) -> int:
+        """Features that leave a Mamba layer's scan."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_inputs(self) -> int:
+        """Output features of a Mamba layer's in_proj: z and x, B and C, and a step size a head."""
+        return 2 * self.mamba_width + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a dense GPT model and its micro-batch, before they are cut."""
+    """Sizes of a model and its micro-batch, before they are cut."""
 
     num_layers: int
     hidden_size: int
@@ -33,14 +72,33 @@ class ModelShape:
     micro_batch_size: int
     gated: bool = False
     """Gated MLPs (SwiGLU) double the output features of fc1."""
+    hybrid: HybridShape | None = None
+    """Layers of several kinds; None: attention and MLP in every layer."""
+
+    def layers(self, kind: Literal["*", "-", "M", "E"]) -> int:
+        """How many layers have attention (*), an MLP (-), Mamba (M) or experts (E)."""
+        if self.hybrid is not None:
+            return self.hybrid.layer_pattern.count(kind)
+        return self.num_layers if kind in "*-" else 0
 
     @property
     def head_size(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
+    def value(self, field: str) -> int:
+        """A size by its key below `model`, such as hidden_size or hybrid.mamba_num_heads."""
+        if field == "kv_channels":
+            return self.head_size
+        if field.startswith("hybrid."):
+            return int(getattr(self.hybrid, field.removeprefix("hybrid.")))
+        return int(getattr(self, field))
+
     def with_value(self, field: str, value: int) -> ModelShape:
         """The same model with one size changed."""
         changes: dict[str, Any] = {field: value}
+        if field.startswith("hybrid.") and self.hybrid is not None:
+            inner: dict[str, Any] = {field.removeprefix("hybrid."): value}
+            changes = {"hybrid": replace(self.hybrid, **inner)}
         return replace(self, **changes)
 
 
@@ -51,6 +109,7 @@ class Parallel:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
     sequence: bool = False
 
 
@@ -59,7 +118,8 @@ class Linear:
     """One linear layer as a rank sees it.
 
     `tokens` enter its GEMMs; `local_tokens` are what the rank quantises before an all-gather over the
-    sequence (fewer than `tokens` with sequence parallelism).
+    sequence (fewer than `tokens` with sequence parallelism). `layers` counts how often the whole model has
+    it; `copies` are the experts of a layer on this rank, whose `tokens` are an average that routing decides.
     """
 
     name: str
@@ -67,6 +127,9 @@ class Linear:
     local_tokens: int
     output_features: int
     input_features: int
+    layers: int = 1
+    copies: int = 1
+    routed: bool = False
 
     def size(self, dimension: Dimension) -> int:
         return int(getattr(self, dimension.replace(" ", "_")))
@@ -83,20 +146,56 @@ class Demand:
 
 
 def linears(model: ModelShape, parallel: Parallel) -> list[Linear]:
-    """qkv, proj, fc1 and fc2 of a layer on one rank; sizes that do not divide are cut by rounding down."""
+    """Every kind of linear layer on one rank; sizes that do not divide are cut by rounding down."""
+    return [
+        linear
+        for linear in (*_attention_and_mlp(model, parallel), *_hybrid(model, parallel))
+        if linear.layers
+    ]
+
+
+def _tokens(model: ModelShape, parallel: Parallel) -> tuple[int, int]:
+    """Tokens in a rank's GEMMs, and those that it quantises before an all-gather."""
     tokens = model.seq_length * model.micro_batch_size // parallel.cp
-    local = tokens // parallel.tp if parallel.sequence else tokens
+    return tokens, tokens // parallel.tp if parallel.sequence else tokens
+
+
+def _attention_and_mlp(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
+    tokens, local = _tokens(model, parallel)
     attention = model.num_attention_heads * model.head_size // parallel.tp
     groups = max(model.num_query_groups // parallel.tp, 1)
     ffn = model.ffn_hidden_size // parallel.tp
     fc1 = 2 * ffn if model.gated else ffn
-    hidden = model.hidden_size
-    return [
-        Linear("self_attention.linear_qkv", tokens, local, attention + 2 * groups * model.head_size, hidden),
-        Linear("self_attention.linear_proj", tokens, local, hidden, attention),
-        Linear("mlp.linear_fc1", tokens, local, fc1, hidden),
-        Linear("mlp.linear_fc2", tokens, local, hidden, ffn),
-    ]
+    hidden, layers = model.hidden_size, model.layers("*")
+    qkv = attention + 2 * groups * model.head_size
+    yield Linear("self_attention.linear_qkv", tokens, local, qkv, hidden, layers)
+    yield Linear("self_attention.linear_proj", tokens, local, hidden, attention, layers)
+    yield Linear("mlp.linear_fc1", tokens, local, fc1, hidden, model.layers("-"))
+    yield Linear("mlp.linear_fc2", tokens, local, hidden, ffn, model.layers("-"))
+
+
+def _hybrid(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
+    """Mamba's projections (megatron/core/ssm/mamba_mixer.py: MambaMixer.__init__) and the experts' MLPs."""
+    hybrid = model.hybrid
+    if hybrid is None:
+        return
+    tokens, local = _tokens(model, parallel)
+    hidden, layers = model.hidden_size, model.layers("M")
+    yield Linear("mixer.in_proj", tokens, local, hybrid.mamba_inputs // parallel.tp, hidden, layers)
+    yield Linear("mixer.out_proj", tokens, local, hidden, hybrid.mamba_width // parallel.tp, layers)
+    layers = model.layers("E")
+    if hybrid.num_experts and hybrid.expert_ffn_hidden_size and hybrid.experts_per_token:
+        # Every rank of an expert-parallel group sends its tokens, each to `experts_per_token` experts.
+        each = tokens * hybrid.experts_per_token // hybrid.num_experts * parallel.ep
+        copies, ffn = hybrid.num_experts // parallel.ep, hybrid.expert_ffn_hidden_size
+        fc1 = 2 * ffn if model.gated else ffn
+        yield Linear("mlp.experts.linear_fc1", each, each, fc1, hidden, layers, copies, routed=True)
+        yield Linear("mlp.experts.linear_fc2", each, each, hidden, ffn, layers, copies, routed=True)
+    if hybrid.shared_expert_ffn_hidden_size:
+        ffn = hybrid.shared_expert_ffn_hidden_size // parallel.tp
+        fc1 = 2 * ffn if model.gated else ffn
+        yield Linear("mlp.shared_experts.linear_fc1", tokens, local, fc1, hidden, layers)
+        yield Linear("mlp.shared_experts.linear_fc2", tokens, local, hidden, ffn, layers)
 
 
 _EXECUTION = "transformer_engine/pytorch/utils.py: assert_dim_for_fp8_exec"
@@ -134,7 +233,11 @@ def _gemm_demands(recipe: Recipe, capability: Capability | None) -> Iterator[Dem
 def unmet(
     recipe: Recipe, capability: Capability | None, model: ModelShape, parallel: Parallel
 ) -> Iterator[tuple[Linear, Demand]]:
-    """Every linear layer's dimensions that the recipe cannot take, only the largest multiple of each."""
+    """Every linear layer's dimensions that the recipe cannot take, only the largest multiple of each.
+
+    How many tokens an expert gets, routing decides; Megatron pads them itself
+    (megatron/core/transformer/moe/experts.py: TEGroupedMLP, Fp8Padding).
+    """
     largest: dict[Dimension, Demand] = {}
     for demand in demands(recipe, capability):
         known = largest.get(demand.dimension)
@@ -142,5 +245,6 @@ def unmet(
             largest[demand.dimension] = demand
     for linear in linears(model, parallel):
         for demand in largest.values():
-            if linear.size(demand.dimension) % demand.multiple:
+            padded = linear.routed and demand.dimension in ("tokens", "local tokens")
+            if not padded and linear.size(demand.dimension) % demand.multiple:
                 yield linear, demand

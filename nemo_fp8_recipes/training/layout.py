@@ -35,7 +35,15 @@ class ParallelSizes:
 
 
 def check_layout(model: ModelConfig, training: TrainingConfig, sizes: ParallelSizes, processes: int) -> None:
-    """Raise `ConfigError`, naming the key, for a size that cannot be split as the configuration says."""
+    """Raise `ConfigError`, naming the key, for a model that cannot be trained here or a size that cannot be
+    split as the configuration says."""
+    if model.hybrid is not None:
+        raise ConfigError(
+            f"{model.display_name} has Mamba layers, and `nemo-fp8 train` trains dense models.",
+            key="model",
+            value=model.name,
+            hint="`nemo-fp8 doctor` and `nemo-fp8 show` know it; train it with Megatron-Bridge or NeMo.",
+        )
     together = training.micro_batch_size * sizes.data_parallel(processes)
     demands = [
         (

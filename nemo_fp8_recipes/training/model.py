@@ -92,6 +92,8 @@ def build_gpt(model: ModelConfig, config: TransformerConfig) -> GPTModel:
         position_embedding_type="rope",
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
     )
 
 

@@ -14,15 +14,19 @@ from nemo_fp8_recipes.errors import ConfigError, nearest
 
 __all__ = [
     "GROUPS",
+    "HybridConfig",
     "MockConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PublishedConfig",
     "StdlibTextConfig",
     "TrainingConfig",
 ]
 
 ACTIVATIONS = ("squared_relu", "gelu", "swiglu")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
+SCALES = ("full", "tiny")
+LAYER_KINDS = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "experts"}
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 
 
@@ -55,8 +59,70 @@ def _within(key: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass
+class PublishedConfig:
+    """What the model's own training configuration uses: a choice of fp8_recipe, the parallelism, and where
+    that stands."""
+
+    fp8_recipe: str
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    sequence: bool
+    source: str
+
+    def __post_init__(self) -> None:
+        for field in ("tp", "pp", "cp", "ep"):
+            _at_least(f"model.published.{field}", getattr(self, field), 1)
+
+
+@dataclass
+class HybridConfig:
+    """Layers of several kinds in Megatron's pattern: M Mamba-2, * attention, - MLP, E experts.
+
+    `expert_ffn_hidden_size` and `shared_expert_ffn_hidden_size` are the inner widths of one expert and of the
+    expert that sees every token; `num_experts` and what depends on it is null without E layers.
+    """
+
+    layer_pattern: str
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_state_dim: int
+    mamba_num_groups: int
+    num_experts: int | None
+    experts_per_token: int | None
+    expert_ffn_hidden_size: int | None
+    shared_expert_ffn_hidden_size: int | None
+
+    def __post_init__(self) -> None:
+        for field in ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"):
+            _at_least(f"model.hybrid.{field}", getattr(self, field), 1)
+        unknown = sorted(set(self.layer_pattern) - set(LAYER_KINDS))
+        if unknown or not self.layer_pattern:
+            raise ConfigError(
+                f"model.hybrid.layer_pattern={self.layer_pattern} has layers of no known kind.",
+                key="model.hybrid.layer_pattern",
+                value=self.layer_pattern,
+                allowed=[f"{sign} ({kind})" for sign, kind in LAYER_KINDS.items()],
+            )
+        experts = ("num_experts", "experts_per_token", "expert_ffn_hidden_size")
+        for field in (*experts, "shared_expert_ffn_hidden_size"):
+            _at_least(f"model.hybrid.{field}", getattr(self, field), 1)
+            if field in experts and "E" in self.layer_pattern and getattr(self, field) is None:
+                raise ConfigError(
+                    f"model.hybrid.{field} is missing, and layer_pattern has layers of experts (E).",
+                    key=f"model.hybrid.{field}",
+                    allowed=["an integer"],
+                )
+
+
+@dataclass
 class ModelConfig:
-    """A dense GPT model in Megatron-Core's own terms."""
+    """A GPT model in Megatron-Core's own terms: dense, or with `hybrid` Mamba and expert layers among others.
+
+    `scale=tiny` is put into effect when the configuration is composed (config/scale.py): the sizes found here
+    are already those of the tiny model.
+    """
 
     name: str
     display_name: str
@@ -79,8 +145,21 @@ class ModelConfig:
     init_method_std: float = 0.02
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    rope_scaling_factor: float | None = None
+    scale: str = "full"
+    published: PublishedConfig | None = None
+    hybrid: HybridConfig | None = None
 
     def __post_init__(self) -> None:
+        _one_of("model.scale", self.scale, SCALES)
+        _at_least("model.rope_scaling_factor", self.rope_scaling_factor, 1)
+        if self.hybrid is not None and len(self.hybrid.layer_pattern) != self.num_layers:
+            raise ConfigError(
+                f"model.hybrid.layer_pattern names {len(self.hybrid.layer_pattern)} layers, and "
+                f"model.num_layers={self.num_layers}.",
+                key="model.hybrid.layer_pattern",
+                value=self.hybrid.layer_pattern,
+            )
         for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
             _at_least(f"model.{field}", getattr(self, field), 1)
         for field in ("num_query_groups", "vocab_size", "kv_channels", "rotary_base"):

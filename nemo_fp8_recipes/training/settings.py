@@ -92,6 +92,7 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 def _parallel(values: dict[str, Any]) -> ParallelSizes:
     values.pop("name", None)
+    values.pop("ep", None)  # dense models have no experts to cut; preflight says so
     return typed.read(ParallelSizes, values, key="parallel", error=ConfigError)
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from nemo_fp8_recipes import config, preflight, recipes
-from nemo_fp8_recipes.preflight import Hardware, Parallel, PreflightInput
+from nemo_fp8_recipes.preflight import Hardware, HybridShape, Parallel, PreflightInput
 from nemo_fp8_recipes.preflight.shapes import Linear, linears, unmet
 from tests.preflight.test_rules import B200, H100, L40S, MODEL, RTX
 from tests.support.processes import run_emulated
@@ -32,17 +32,67 @@ def sized(**changes):
 def test_the_layers_of_a_rank():
     # heads 8 of size 32, 4 groups: qkv = (8 + 2 x 4) x 32 = 512 features; tokens = 128 x 4 = 512
     assert linears(MODEL, Parallel()) == [
-        Linear("self_attention.linear_qkv", 512, 512, 512, 256),
-        Linear("self_attention.linear_proj", 512, 512, 256, 256),
-        Linear("mlp.linear_fc1", 512, 512, 1024, 256),
-        Linear("mlp.linear_fc2", 512, 512, 256, 1024),
+        Linear("self_attention.linear_qkv", 512, 512, 512, 256, layers=8),
+        Linear("self_attention.linear_proj", 512, 512, 256, 256, layers=8),
+        Linear("mlp.linear_fc1", 512, 512, 1024, 256, layers=8),
+        Linear("mlp.linear_fc2", 512, 512, 256, 1024, layers=8),
     ]
     assert linears(sized(gated=True), Parallel(tp=2, cp=2, sequence=True)) == [
-        Linear("self_attention.linear_qkv", 256, 128, 256, 256),
-        Linear("self_attention.linear_proj", 256, 128, 256, 128),
-        Linear("mlp.linear_fc1", 256, 128, 1024, 256),
-        Linear("mlp.linear_fc2", 256, 128, 256, 512),
+        Linear("self_attention.linear_qkv", 256, 128, 256, 256, layers=8),
+        Linear("self_attention.linear_proj", 256, 128, 256, 128, layers=8),
+        Linear("mlp.linear_fc1", 256, 128, 1024, 256, layers=8),
+        Linear("mlp.linear_fc2", 256, 128, 256, 512, layers=8),
     ]
+
+
+def test_the_layers_of_a_hybrid_rank():
+    # 8 heads of 64: width 512; in_proj = 2 x 512 + 2 x 2 x 16 + 8 = 1096
+    hybrid = HybridShape(
+        layer_pattern="M-M*ME",
+        mamba_num_heads=8,
+        mamba_head_dim=64,
+        mamba_state_dim=16,
+        mamba_num_groups=2,
+        num_experts=4,
+        experts_per_token=2,
+        expert_ffn_hidden_size=96,
+        shared_expert_ffn_hidden_size=192,
+    )
+    found = linears(sized(num_layers=6, hybrid=hybrid), Parallel(tp=2, ep=2))
+    assert {linear.name: linear.layers for linear in found} == {
+        "self_attention.linear_qkv": 1,
+        "self_attention.linear_proj": 1,
+        "mlp.linear_fc1": 1,
+        "mlp.linear_fc2": 1,
+        "mixer.in_proj": 3,
+        "mixer.out_proj": 3,
+        "mlp.experts.linear_fc1": 1,
+        "mlp.experts.linear_fc2": 1,
+        "mlp.shared_experts.linear_fc1": 1,
+        "mlp.shared_experts.linear_fc2": 1,
+    }
+    sizes = {linear.name: (linear.tokens, linear.output_features, linear.input_features) for linear in found}
+    assert sizes["mixer.in_proj"] == (512, 548, 256)
+    assert sizes["mixer.out_proj"] == (512, 256, 256)
+    # 512 tokens to 2 of 4 experts, from two ranks: 512 an expert, two experts a rank
+    assert sizes["mlp.experts.linear_fc1"] == (512, 96, 256)
+    assert next(linear.copies for linear in found if linear.name == "mlp.experts.linear_fc2") == 2
+
+
+def test_mambas_projection_is_cut_over_ranks():
+    """Nemotron-H 8B: 18560 features; 2320 on each of 8 ranks are no multiple of 32, 4640 on each of 4 are."""
+    model = preflight.job_input(config.compose(["model=nemotron_h_8b"]), {}, emulated=False).model
+    for tp, wrong in ((8, ["model.hybrid.mamba_num_heads"]), (4, [])):
+        given = PreflightInput(
+            recipe=recipes.load("mxfp8"),
+            hardware=B200,
+            model=model,
+            parallel=Parallel(tp=tp),
+            te_version="2.20.2",
+        )
+        found = [finding for finding in preflight.check(given) if finding.code == SHAPE]
+        assert [finding.key for finding in found] == wrong
+        assert all("parallel.tp=4" in finding.fix for finding in found)
 
 
 @pytest.mark.parametrize(

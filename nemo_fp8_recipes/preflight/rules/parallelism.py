@@ -23,6 +23,11 @@ def divides(job: PreflightInput) -> Iterator[Problem]:
         ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", parallel.tp),
         ("model.vocab_size", model.vocab_size, "parallel.tp", parallel.tp),
     ]
+    if model.hybrid is not None:
+        for name in ("mamba_num_heads", "mamba_num_groups"):
+            sizes.append((f"model.hybrid.{name}", getattr(model.hybrid, name), "parallel.tp", parallel.tp))
+        if model.hybrid.num_experts is not None:
+            sizes.append(("model.hybrid.num_experts", model.hybrid.num_experts, "parallel.ep", parallel.ep))
     if parallel.sequence:
         sizes.append(("model.seq_length", model.seq_length, "parallel.tp", parallel.tp))
     if parallel.cp > 1:
@@ -35,6 +40,24 @@ def divides(job: PreflightInput) -> Iterator[Problem]:
                 value=value,
                 fix=f"Use a multiple of {divisor}, or another {divisor_key.removeprefix('2 x ')}.",
             )
+
+
+@rule(
+    "FP8-PAR-002",
+    "error",
+    "expert parallelism without experts",
+    source="megatron/core/transformer/transformer_config.py: __post_init__, line 1048 in 0.16.1",
+)
+def experts_to_cut(job: PreflightInput) -> Iterator[Problem]:
+    if job.model is None or job.parallel.ep == 1:
+        return
+    if job.model.hybrid is None or job.model.hybrid.num_experts is None:
+        yield Problem(
+            message=f"parallel.ep={job.parallel.ep} cuts experts over ranks, and the model has none.",
+            key="parallel.ep",
+            value=job.parallel.ep,
+            fix="Set parallel.ep=1.",
+        )
 
 
 @rule("FP8-PLC-001", "error", "more BF16 layers than a pipeline stage has", source=_CONFIG)

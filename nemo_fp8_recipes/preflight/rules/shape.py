@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
@@ -15,12 +16,24 @@ _OUTPUT = {
     "self_attention.linear_proj": ("hidden_size",),
     "mlp.linear_fc1": ("ffn_hidden_size",),
     "mlp.linear_fc2": ("hidden_size",),
+    "mixer.in_proj": ("hybrid.mamba_num_heads", "hybrid.mamba_state_dim"),
+    "mixer.out_proj": ("hidden_size",),
+    "mlp.experts.linear_fc1": ("hybrid.expert_ffn_hidden_size",),
+    "mlp.experts.linear_fc2": ("hidden_size",),
+    "mlp.shared_experts.linear_fc1": ("hybrid.shared_expert_ffn_hidden_size",),
+    "mlp.shared_experts.linear_fc2": ("hidden_size",),
 }
 _INPUT = {
     "self_attention.linear_qkv": ("hidden_size",),
     "self_attention.linear_proj": ("num_attention_heads", "kv_channels"),
     "mlp.linear_fc1": ("hidden_size",),
     "mlp.linear_fc2": ("ffn_hidden_size",),
+    "mixer.in_proj": ("hidden_size",),
+    "mixer.out_proj": ("hybrid.mamba_num_heads", "hybrid.mamba_head_dim"),
+    "mlp.experts.linear_fc1": ("hidden_size",),
+    "mlp.experts.linear_fc2": ("hybrid.expert_ffn_hidden_size",),
+    "mlp.shared_experts.linear_fc1": ("hidden_size",),
+    "mlp.shared_experts.linear_fc2": ("hybrid.shared_expert_ffn_hidden_size",),
 }
 _GROUP = {"micro_batch_size": "training"}
 _SEARCH = 8192
@@ -45,11 +58,13 @@ def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
         told.add(keys[0])
         noun = demand.dimension.removeprefix("local ")
         ways = [way for key in keys if (way := _way_out(job, keys[0], key))]
+        if demand.dimension in ("output features", "input features") and (way := _fewer_ranks(job, keys[0])):
+            ways.append(way)
         yield Problem(
             message=f"{linear.name} has {linear.size(demand.dimension)} {noun} on each rank, and "
             f"fp8_recipe={job.recipe.name} needs a multiple of {demand.multiple}: {demand.reason}.",
             key=_dotted(keys[0]),
-            value=_value(job.model, keys[0]),
+            value=job.model.value(keys[0]),
             fix=f"Nearest that work: {'; '.join(ways)}." if ways else "Change the model or its parallelism.",
             source=demand.source,
         )
@@ -65,14 +80,10 @@ def _dotted(key: str) -> str:
     return f"{_GROUP.get(key, 'model')}.{key}"
 
 
-def _value(model: ModelShape, key: str) -> int:
-    return model.head_size if key == "kv_channels" else int(getattr(model, key))
-
-
 def _way_out(job: PreflightInput, subject: str, key: str) -> str:
     """The nearest values of `key`, below and above, that put right everything that `subject` decides."""
     assert job.model is not None
-    start = _value(job.model, key)
+    start = job.model.value(key)
     found = []
     for step in (-1, 1):
         for value in range(start + step, max(0, start + step * _SEARCH), step):
@@ -80,6 +91,16 @@ def _way_out(job: PreflightInput, subject: str, key: str) -> str:
                 found.append(str(value))
                 break
     return f"{_dotted(key)}={' or '.join(found)}" if found else ""
+
+
+def _fewer_ranks(job: PreflightInput, subject: str) -> str:
+    """The largest smaller tensor parallelism at which the model as it is goes."""
+    assert job.model is not None
+    for tp in range(job.parallel.tp - 1, 0, -1):
+        parallel = replace(job.parallel, tp=tp, sequence=job.parallel.sequence and tp > 1)
+        if job.parallel.tp % tp == 0 and _right(replace(job, parallel=parallel), subject, job.model):
+            return f"parallel.tp={tp}"
+    return ""
 
 
 def _right(job: PreflightInput, subject: str, model: ModelShape) -> bool:
@@ -94,7 +115,11 @@ def _right(job: PreflightInput, subject: str, model: ModelShape) -> bool:
 def _divides(model: ModelShape, job: PreflightInput) -> bool:
     tp, cp = job.parallel.tp, job.parallel.cp
     sequence = (tp if job.parallel.sequence else 1) * (2 * cp if cp > 1 else 1)
-    return not (model.num_attention_heads % tp or model.ffn_hidden_size % tp or model.seq_length % sequence)
+    mamba = model.hybrid is not None and (
+        model.hybrid.mamba_num_heads % tp or model.hybrid.mamba_num_heads % model.hybrid.mamba_num_groups
+    )
+    dense = model.num_attention_heads % tp or model.ffn_hidden_size % tp or model.seq_length % sequence
+    return not (dense or mamba)
 
 
 @rule(

@@ -29,6 +29,7 @@ of a run really do is in its manifest. Needs no GPU and does not import torch.
 
 examples:
   nemo-fp8 show fp8_recipe=mxfp8
+  nemo-fp8 show fp8_recipe=nemotron_h
   nemo-fp8 show fp8_recipe=blockwise fp8_recipe.w_block_scaling_dim=1 fp8_recipe.use_f32_scales=true
 """
 

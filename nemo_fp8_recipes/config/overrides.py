@@ -83,7 +83,7 @@ def _check_group(override: Override, argument: str) -> None:
         raise ConfigError(
             f"'{argument}' has no effect: there is no Hydra application to configure.", key=group
         )
-    if group == f"{RECIPE_GROUP}.name":
+    if group in (f"{RECIPE_GROUP}.name", f"{RECIPE_GROUP}.preset"):
         raise ConfigError(
             f"{group} cannot be changed by itself: every recipe has its own options.",
             key=group,
@@ -133,7 +133,7 @@ def _check_group(override: Override, argument: str) -> None:
 def translate(overrides: Sequence[Override]) -> list[str]:
     """The overrides as text for Hydra, other tools' recipe names replaced by ours."""
     return [
-        f"{RECIPE_GROUP}={recipes.resolve(str(override.value())).canonical}"
+        f"{RECIPE_GROUP}={recipes.resolve(str(override.value())).choice}"
         if override.key_or_group == RECIPE_GROUP
         else str(override.input_line)
         for override in overrides
@@ -141,7 +141,7 @@ def translate(overrides: Sequence[Override]) -> list[str]:
 
 
 def alias_notes(arguments: Sequence[str]) -> list[str]:
-    """What other tools' recipe names among `arguments` became, in sentences for the user."""
+    """What presets and other tools' recipe names among `arguments` became, in sentences for the user."""
     sentences = [
         recipes.resolve(str(override.value())).sentence()
         for override in parse(arguments)

@@ -7,6 +7,7 @@ from nemo_fp8_recipes.recipes.delayed import Delayed
 from nemo_fp8_recipes.recipes.mxfp8 import Mxfp8
 from nemo_fp8_recipes.recipes.nvfp4 import Nvfp4
 from nemo_fp8_recipes.recipes.options import OPERANDS, MMParams, OperandPlan, QParams, TensorName
+from nemo_fp8_recipes.recipes.presets import Preset, presets
 from nemo_fp8_recipes.recipes.registry import RECIPES, Resolution, load, names, resolve
 from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 
@@ -21,6 +22,7 @@ __all__ = [
     "Mxfp8",
     "Nvfp4",
     "OperandPlan",
+    "Preset",
     "QParams",
     "QuantizedRecipe",
     "Recipe",
@@ -29,5 +31,6 @@ __all__ = [
     "Tensorwise",
     "load",
     "names",
+    "presets",
     "resolve",
 ]

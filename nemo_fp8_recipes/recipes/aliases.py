@@ -10,18 +10,17 @@ from dataclasses import dataclass
 
 __all__ = ["ALIASES", "NO_EQUIVALENT", "Alias"]
 
-_BLOCKWISE_FORMAT = "The preset's format is hybrid; fp8_format stays e4m3, TE's default, unless set."
-_FIRST_LAST = (
-    "The preset also keeps first and last layers in BF16: set num_layers_at_start_in_bf16 and "
-    "num_layers_at_end_in_bf16 for that."
+_BLOCKWISE_FORMAT = (
+    "There it means hybrid; fp8_format stays e4m3, TE's default, unless set. "
+    "fp8_recipe=bf16_with_fp8_subchannel_scaling_mixed is the preset as it is there."
 )
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A name of another tool: the canonical recipe, whose name it is, and what it does not carry over."""
+    """A name of another tool: the recipe or preset it means, whose name it is, and what to know about it."""
 
-    canonical: str
+    means: str
     vocabulary: str
     note: str = ""
 
@@ -36,28 +35,17 @@ ALIASES: dict[str, Alias] = {
     "fp8_cs": Alias("tensorwise", "Megatron-Bridge"),
     "fp8_sc": Alias("blockwise", "Megatron-Bridge", _BLOCKWISE_FORMAT),
     "fp8_mx": Alias("mxfp8", "Megatron-Bridge"),
-    # mixed precision factories of NeMo and Megatron-Bridge
+    # mixed precision factories of NeMo and Megatron-Bridge; those named as here are presets of that name
     "bf16_mixed": Alias("bf16", "NeMo and Megatron-Bridge"),
-    "bf16_with_fp8_mixed": Alias("delayed", "NeMo"),
-    "bf16_with_fp8_delayed_scaling_mixed": Alias("delayed", "Megatron-Bridge"),
-    "bf16_with_fp8_current_scaling_mixed": Alias("tensorwise", "NeMo and Megatron-Bridge", _FIRST_LAST),
-    "bf16_with_fp8_subchannel_scaling_mixed": Alias(
-        "blockwise", "NeMo and Megatron-Bridge", _BLOCKWISE_FORMAT
-    ),
-    "bf16_with_mxfp8_mixed": Alias(
-        "mxfp8",
-        "NeMo and Megatron-Bridge",
-        "Older NeMo releases set hybrid here, which diverged on Nemotron; fp8_format stays e4m3 unless set.",
-    ),
-    "bf16_with_nvfp4_mixed": Alias("nvfp4", "Megatron-Bridge"),
-    "nemotron_h_bf16_with_fp8_current_scaling_mixed": Alias(
-        "tensorwise", "NeMo and Megatron-Bridge", _FIRST_LAST
-    ),
+    "bf16_with_fp8_delayed_scaling_mixed": Alias("bf16_with_fp8_mixed", "Megatron-Bridge"),
+    "nemotron_h_bf16_with_fp8_current_scaling_mixed": Alias("nemotron_h", "NeMo and Megatron-Bridge"),
     "nanov2_bf16_with_fp8_current_scaling_mixed": Alias(
-        "blockwise",
+        "nemotron_nano_v2",
         "NeMo and Megatron-Bridge",
-        f"Its name says current scaling, but it sets blockwise. {_BLOCKWISE_FORMAT} {_FIRST_LAST}",
+        "Its name says current scaling, but it sets blockwise.",
     ),
+    "nemotron_3_super_bf16_with_nvfp4_mixed": Alias("nemotron_3_super", "Megatron-Bridge"),
+    "nemotron_3_ultra_bf16_with_nvfp4_mixed": Alias("nemotron_3_ultra", "Megatron-Bridge"),
     # TE's classes
     "DelayedScaling": Alias("delayed", "Transformer Engine"),
     "Float8CurrentScaling": Alias("tensorwise", "Transformer Engine"),
@@ -75,6 +63,7 @@ ALIASES: dict[str, Alias] = {
     "mxfp8_rceil": Alias("mxfp8", "torchao"),
 }
 
+_FP16 = "This package trains in BF16; the factory of the same name with bf16_ is a preset."
 _NO_ROWWISE = "torchao scales whole rows; Transformer Engine has no such recipe. The nearest is blockwise."
 
 # Names of recipes that Transformer Engine does not have: the nearest spelling would mislead.
@@ -82,5 +71,11 @@ NO_EQUIVALENT: dict[str, str] = {
     "rowwise": _NO_ROWWISE,
     "rowwise_with_gw_hp": _NO_ROWWISE,
     "mxfp8_floor": "Rounding the scale down can make training diverge; Transformer Engine rounds up (mxfp8).",
+    "fp16_mixed": _FP16,
+    "fp16_with_fp8_mixed": _FP16,
+    "fp16_with_fp8_delayed_scaling_mixed": _FP16,
+    "fp16_with_fp8_current_scaling_mixed": _FP16,
+    "fp16_with_fp8_subchannel_scaling_mixed": _FP16,
+    "fp16_with_mxfp8_mixed": _FP16,
     "custom": "A quantizer factory is not a recipe of ours; give it to Megatron as fp8_quantizer_factory.",
 }

@@ -16,6 +16,7 @@ from nemo_fp8_recipes.recipes.blockwise import Blockwise
 from nemo_fp8_recipes.recipes.delayed import Delayed
 from nemo_fp8_recipes.recipes.mxfp8 import Mxfp8
 from nemo_fp8_recipes.recipes.nvfp4 import Nvfp4
+from nemo_fp8_recipes.recipes.presets import presets
 from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 
 __all__ = ["RECIPES", "Resolution", "load", "names", "resolve"]
@@ -27,18 +28,37 @@ RECIPES: dict[str, type[Recipe]] = {
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a name became: `alias` is another tool's name as given, `note` what it does not carry over."""
+    """What a name became.
+
+    Attributes:
+        canonical: the recipe.
+        alias: another tool's name as its vocabulary spells it; None for a name of ours.
+        note: what the alias does not carry over, or misleads about.
+        preset: the preset that sets options of the recipe; None for the recipe as it is.
+    """
 
     canonical: str
     alias: str | None = None
     note: str = ""
+    preset: str | None = None
+
+    @property
+    def choice(self) -> str:
+        """The choice of the config group `fp8_recipe`."""
+        return self.preset or self.canonical
 
     def sentence(self) -> str:
         """What to tell the user; empty for a canonical name."""
-        if self.alias is None:
-            return ""
-        said = f"fp8_recipe={self.alias} is {ALIASES[self.alias].vocabulary}'s name for {self.canonical}."
-        return f"{said} {self.note}".rstrip()
+        parts = []
+        if self.alias is not None:
+            parts.append(
+                f"fp8_recipe={self.alias} is {ALIASES[self.alias].vocabulary}'s name for {self.choice}."
+            )
+        if self.preset is not None:
+            options = presets()[self.preset].options
+            said = ", ".join(f"{key}={typed.spelled(value)}" for key, value in options.items())
+            parts.append(f"{self.preset} is {self.canonical} with {said}.")
+        return " ".join(part for part in (*parts, self.note) if part)
 
 
 def names() -> tuple[str, ...]:
@@ -47,17 +67,22 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(name: str) -> Resolution:
-    """The recipe that a canonical name or another tool's name means, whatever its case.
+    """The recipe or preset that one of our names or another tool's name means, whatever its case.
+
+    Megatron-Bridge writes its names with hyphens too.
 
     Raises:
         RecipeError: for a name of neither kind, with the nearest spelling.
     """
-    lowered = name.lower()
+    lowered = name.lower().replace("-", "_")
     if lowered in RECIPES:
         return Resolution(lowered)
     for alias, entry in ALIASES.items():
         if alias.lower() == lowered:
-            return Resolution(entry.canonical, alias, entry.note)
+            meant = resolve(entry.means)
+            return Resolution(meant.canonical, alias, entry.note, meant.preset)
+    if lowered in presets():
+        return Resolution(presets()[lowered].base, preset=lowered)
     if lowered in NO_EQUIVALENT:
         raise RecipeError(
             f"There is no recipe '{name}'.",
@@ -66,22 +91,23 @@ def resolve(name: str) -> Resolution:
             allowed=names(),
             hint=NO_EQUIVALENT[lowered],
         )
-    close = nearest(name, [*RECIPES, *(alias.lower() for alias in ALIASES)])
+    close = nearest(name, [*RECIPES, *presets(), *(alias.lower() for alias in ALIASES)])
     canonical = resolve(close).canonical if close else None
-    meant = f"Did you mean '{close}'" + (f" ({canonical})?" if canonical != close else "?")
+    offered = f"Did you mean '{close}'" + (f" ({canonical})?" if canonical != close else "?")
     raise RecipeError(
         f"There is no recipe '{name}'.",
         key=KEY,
         value=name,
         allowed=names(),
-        hint=meant if close else "See nemo-fp8 show --help.",
+        hint=offered if close else "See nemo-fp8 show --help.",
     )
 
 
 def load(source: str | Recipe | Mapping[str, Any], /, **overrides: Any) -> Recipe:
-    """A recipe from its name, another recipe or a mapping with `name`; `overrides` change single options.
+    """A recipe from its name or preset, another recipe or a mapping with `name`; `overrides` change options.
 
-    An OmegaConf node is a mapping too. Nested options may be given in part:
+    A mapping may say which `preset` it comes from: its values are already in it. An OmegaConf node is a
+    mapping too. Nested options may be given in part:
     `load("tensorwise", fp8_gemm_fprop={"use_split_accumulator": True})`.
 
     Raises:
@@ -90,7 +116,7 @@ def load(source: str | Recipe | Mapping[str, Any], /, **overrides: Any) -> Recip
     if isinstance(source, Recipe):
         return _read(type(source), overrides, base=source)
     if isinstance(source, str):
-        return _read(RECIPES[resolve(source).canonical], overrides)
+        return _named(source, overrides)
     if not isinstance(source, Mapping):
         raise RecipeError(
             f"A recipe cannot be loaded from a {type(source).__name__}.",
@@ -102,6 +128,11 @@ def load(source: str | Recipe | Mapping[str, Any], /, **overrides: Any) -> Recip
     name = values.pop("name", None)
     if not isinstance(name, str):
         raise RecipeError(f"{KEY}.name is missing.", key=f"{KEY}.name", value=name, allowed=names())
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in presets():
+        raise RecipeError(
+            f"There is no preset '{preset}'.", key=f"{KEY}.preset", value=preset, allowed=list(presets())
+        )
     version = values.pop("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise RecipeError(
@@ -112,6 +143,15 @@ def load(source: str | Recipe | Mapping[str, Any], /, **overrides: Any) -> Recip
         )
     recipe = _read(RECIPES[resolve(name).canonical], values)
     return _read(type(recipe), overrides, base=recipe) if overrides else recipe
+
+
+def _named(name: str, overrides: Mapping[str, Any]) -> Recipe:
+    resolution = resolve(name)
+    cls = RECIPES[resolution.canonical]
+    if resolution.preset is None:
+        return _read(cls, overrides)
+    recipe = _read(cls, presets()[resolution.preset].options)
+    return _read(cls, overrides, base=recipe) if overrides else recipe
 
 
 def _read(cls: type[Recipe], values: Mapping[str, Any], *, base: Recipe | None = None) -> Recipe:

@@ -36,7 +36,12 @@ VOCABULARIES = {
         "nanov2_bf16_with_fp8_current_scaling_mixed",
     ],
     "mxfp8": ["mxfp8", "fp8_mx", "bf16_with_mxfp8_mixed", "MXFP8BlockScaling", "mxfp8_rceil"],
-    "nvfp4": ["nvfp4", "NVFP4BlockScaling", "bf16_with_nvfp4_mixed"],
+    "nvfp4": [
+        "nvfp4",
+        "NVFP4BlockScaling",
+        "bf16_with_nvfp4_mixed",
+        "nemotron-3-super-bf16-with-nvfp4-mixed",
+    ],
 }
 
 
@@ -55,7 +60,7 @@ def test_a_canonical_name_needs_no_comment():
 
 def test_a_misleading_name_is_told():
     sentence = recipes.resolve("nanov2_bf16_with_fp8_current_scaling_mixed").sentence()
-    assert "for blockwise" in sentence
+    assert "nemotron_nano_v2 is blockwise with fp8_format=hybrid" in sentence
     assert "says current scaling" in sentence
 
 
@@ -83,3 +88,8 @@ def test_a_recipe_that_te_does_not_have_is_not_guessed():
         recipes.resolve("rowwise")
     with pytest.raises(RecipeError, match="Allowed: bf16, delayed, tensorwise, mxfp8, blockwise, nvfp4"):
         recipes.resolve("xyzzy")
+
+
+def test_what_trains_in_fp16_is_not_guessed():
+    with pytest.raises(RecipeError, match="trains in BF16"):
+        recipes.resolve("fp16_with_fp8_mixed")

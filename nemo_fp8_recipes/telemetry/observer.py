@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_fp8_recipes.telemetry.linears import Operand, linears
-from nemo_fp8_recipes.telemetry.probes import BlockProbe, DelayedProbe, Probe, Reading, TensorwiseProbe
+from nemo_fp8_recipes.telemetry.probes import (
+    BlockProbe,
+    DelayedProbe,
+    Nvfp4Probe,
+    Probe,
+    Reading,
+    TensorwiseProbe,
+)
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam
 
@@ -35,6 +42,7 @@ class Observer:
             "Float8CurrentScalingQuantizer": TensorwiseProbe(indices),
             "Float8BlockQuantizer": BlockProbe(indices, "blockwise"),
             "MXFP8Quantizer": BlockProbe(indices, "mxfp8"),
+            "NVFP4Quantizer": Nvfp4Probe(indices),
         }
         self._operands: dict[int, tuple[Any, Operand]] = {}
         self._primary_read = False

@@ -41,7 +41,7 @@ class Stat:
 STATS = {
     stat.name: stat
     for stat in (
-        Stat("amax", ("delayed", "tensorwise"), "largest magnitude of the tensor in this step"),
+        Stat("amax", ("delayed", "tensorwise", "nvfp4"), "largest magnitude of the tensor in this step"),
         Stat(
             "amax_bound",
             ("blockwise", "mxfp8"),
@@ -68,7 +68,7 @@ class Series:
         tensor: "input", "weight" or "grad_output".
         stat: a key of `STATS`.
         recipe: canonical name of the recipe that quantised the tensor.
-        format: element format, "e4m3" or "e5m2".
+        format: element format, "e4m3", "e5m2" or "e2m1".
     """
 
     module: str

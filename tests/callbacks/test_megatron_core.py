@@ -45,7 +45,7 @@ def step(run, model, number):
     run.end_step(number, {"loss": 1.0})
 
 
-@pytest.mark.parametrize("name", ["bf16", "delayed", "tensorwise", "mxfp8", "blockwise"])
+@pytest.mark.parametrize("name", ["bf16", "delayed", "tensorwise", "mxfp8", "blockwise", "nvfp4"])
 def test_a_run_proves_its_recipe_after_the_first_step(name):
     recipe = recipes.load(name)
     config = gpt.config_of(recipe)

@@ -20,7 +20,7 @@ from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import FP8_MAX
 
 ROOT = Path(__file__).parents[2]
-DEVICES = {"delayed": "h100", "tensorwise": "h100", "blockwise": "h100", "mxfp8": "b200"}
+DEVICES = {"delayed": "h100", "tensorwise": "h100", "blockwise": "h100", "mxfp8": "b200", "nvfp4": "b200"}
 LOGGED = [1, 2, 4]
 MODULES = ("first.0", "first.1", "second.0", "second.1")
 TENSORS = ("input", "weight", "grad_output")
@@ -86,16 +86,17 @@ def test_every_operand_of_every_linear_is_logged_in_every_logging_step(run: Run)
 
 
 def test_formats_are_those_of_the_recipe(run: Run, recipe: str) -> None:
-    gradients = "e5m2" if recipe in ("delayed", "tensorwise") else "e4m3"
+    forward = "e2m1" if recipe == "nvfp4" else "e4m3"
+    gradients = "e5m2" if recipe in ("delayed", "tensorwise") else forward
     for (_, tensor), fmt in run.formats.items():
-        assert fmt == (gradients if tensor == "grad_output" else "e4m3")
+        assert fmt == (gradients if tensor == "grad_output" else forward)
 
 
 def test_the_amax_is_that_of_this_step(run: Run, recipe: str) -> None:
     for step in LOGGED:
         for module, tensor in OPERANDS:
             wanted = run.amax(step, module, tensor)
-            if recipe in ("delayed", "tensorwise"):
+            if recipe in ("delayed", "tensorwise", "nvfp4"):
                 found = run.logged[step, module, tensor, "amax"]
                 assert found == pytest.approx(wanted, rel=tolerance(module, tensor)), (step, module, tensor)
             else:

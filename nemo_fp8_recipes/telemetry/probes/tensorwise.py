@@ -36,20 +36,10 @@ class TensorwiseProbe(Probe):
         slot = self._slots.get(operand)
         if slot is None:
             slot = self._slots[operand] = len(self._specs)
-            self._specs.append(
-                ReadingSpec(
-                    operand.module,
-                    operand.tensor,
-                    "scale_inv",
-                    "tensorwise",
-                    element_format(quantizer),
-                    "max",
-                    power_of_two=bool(quantizer.force_pow_2_scales),
-                )
-            )
+            self._specs.append(self._spec(operand, quantizer))
         self._slot_of.append(slot)
         # An alias, because Transformer Engine empties the attributes of saved tensors.
-        self._waiting.append(tensor._scale_inv.detach().view(1))
+        self._waiting.append(self._number(tensor).view(1))
 
     def settle(self) -> None:
         if self._waiting:
@@ -66,3 +56,19 @@ class TensorwiseProbe(Probe):
         reading = Reading(tuple(self._specs), largest)
         self.begin()
         return reading
+
+    def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
+        return ReadingSpec(
+            operand.module,
+            operand.tensor,
+            "scale_inv",
+            "tensorwise",
+            element_format(quantizer),
+            "max",
+            power_of_two=bool(quantizer.force_pow_2_scales),
+        )
+
+    def _number(self, tensor: Any) -> Tensor:
+        """The one number that is read of a quantised tensor, not negative."""
+        scale_inv: Tensor = tensor._scale_inv.detach()
+        return scale_inv

@@ -36,6 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slurm: needs SLURM and root; a stage of its own, -m slurm")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run what needs SLURM only when it is asked for: it takes ten minutes and the machine to itself."""
+    if "slurm" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason="a stage of its own: python -m pytest -m slurm"))
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's own directory as the working directory."""

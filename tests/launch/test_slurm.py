@@ -194,7 +194,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 LONG = (
     "fp8_recipe=delayed",
     *SMALL,
-    "training.steps=400",
+    "training.steps=200",
     "training.save_every=1000",
     "telemetry.enabled=false",
 )
@@ -206,11 +206,10 @@ def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_los
     """SLURM's signal to the batch shell before the time limit, sent as soon as there are steps."""
     job_id, run_dir = submit(*LONG).only
     until(lambda: logged_steps(run_dir) >= 5, 120, "no steps")
-    assert runs(cluster, run_dir)["state"] == "running"
     cluster.run("scancel", "--batch", "--signal=USR1", job_id)
     cluster.wait(job_id, "PENDING", seconds=90)
     saved = max(losses(run_dir))
-    assert 5 <= saved < 400
+    assert 5 <= saved < 200
     state = runs(cluster, run_dir)
     assert (state["state"], state["checkpoint_step"]) == ("queued", saved)
     assert record(run_dir)["status"] == "interrupted"
@@ -244,6 +243,7 @@ def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(
     words = ("launcher.nproc_per_node=1", "launcher.time=1", "launcher.signal_seconds=30")
     job_id, run_dir = submit(*words, "--", "steps.py").only
     cluster.wait(job_id, "RUNNING", seconds=60)
+    assert runs(cluster, run_dir)["state"] == "running"
     cluster.wait(job_id, "PENDING", seconds=120)
     assert (run_dir / "saved").exists()
     cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
@@ -267,7 +267,7 @@ def test_scancel_with_sigterm_saves_and_leaves_a_resumable_run(cluster: Cluster,
     assert "--resume" in again.errors
     resumed = submit(*LONG, "run_dir=run", "--resume", wait=True)
     assert resumed.status == 0, output(run_dir)
-    assert max(losses(run_dir)) == 400
+    assert max(losses(run_dir)) == 200
 
 
 POISON = "import os\nopen(os.environ['TORCH_MARK'], 'a').close()\nraise ImportError('torch was imported')\n"

@@ -159,7 +159,7 @@ def test_the_wish_to_stop_reaches_every_rank_once_and_lets_it_save(job: Path, nu
     assert (directory / "saved-1").exists()
 
 
-@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+@pytest.mark.parametrize("victim", ["launcher", "torchrun", "both"])
 def test_when_what_started_it_is_killed_nothing_of_the_job_stays(job: Path, victim: str) -> None:
     process = subprocess.Popen(
         nemo_fp8("launch", *TWO, "run_dir=run", "--", "job.py", "hangs"),
@@ -171,10 +171,13 @@ def test_when_what_started_it_is_killed_nothing_of_the_job_stays(job: Path, vict
     while len(list(job.parent.glob("seen-*.json"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    if victim == "launcher":
+    torchrun = _parent(ranks(job.parent / "run")[0]["pid"])
+    if victim == "both":
+        os.kill(torchrun, signal.SIGSTOP)  # so that it has no time to end its workers
+    if victim != "torchrun":
         process.kill()
-    else:
-        os.kill(_parent(ranks(job.parent / "run")[0]["pid"]), signal.SIGKILL)
+    if victim != "launcher":
+        os.kill(torchrun, signal.SIGKILL)
     assert process.wait(60) != 0
     left = {record["pid"] for record in ranks(job.parent / "run")}
     deadline = time.monotonic() + 60

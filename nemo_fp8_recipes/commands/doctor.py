@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_fp8_recipes import config, emulation, preflight, recipes
+from nemo_fp8_recipes.commands import doctor_matrix
 from nemo_fp8_recipes.commands.arguments import take_flags
 from nemo_fp8_recipes.errors import EmulationError
 from nemo_fp8_recipes.preflight import Finding
@@ -17,31 +18,42 @@ from nemo_fp8_recipes.preflight import Finding
 __all__ = ["HELP", "run"]
 
 HELP = """
-usage: nemo-fp8 doctor [group=choice] [group.key=value] ... [--json] [--strict]
+usage: nemo-fp8 doctor [group=choice] [group.key=value] ... [--all] [--json] [--strict]
 
 Check recipe, GPU, shapes, versions and environment of a job without starting it: no GPU and no torch needed.
-Findings come worst first, each with its code, what to do and where the rule comes from.
+Findings come worst first, each with its code, what to do and where the rule comes from; then what the recipe
+costs in memory, and how much of the work it quantises.
 
-  --json     one JSON object: {"schema_version": 1, "recipe": ..., "findings": [...]}
-  --strict   warnings count as errors
+  --all      every recipe on every GPU for this model: a table of the worst that was found
+  --json     one JSON object: {"schema_version": 1, "recipe": ..., "findings": [...], "cost": ...}
+  --strict   warnings count: exit status 1
 
-exit status: 0 nothing would fail, 1 something would, 2 the configuration itself is wrong
+versions.te=2.4 checks for another Transformer Engine than the installed one.
+
+exit status: 0 nothing would fail, 1 warnings with --strict, 2 something would fail, or the configuration is
+wrong
 
 examples:
   nemo-fp8 doctor fp8_recipe=mxfp8 hardware=h100
   nemo-fp8 doctor fp8_recipe=blockwise model=nemotron3_8b hardware=h200 device=native parallel.tp=8
+  nemo-fp8 doctor model=nemotron_h_8b parallel=published device=native --all
 """
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 def run(arguments: list[str]) -> int:
-    """Check the job that `arguments` describe; 0 when it would run, 1 when it would not."""
-    flags, overrides = take_flags(arguments, {"--json", "--strict"})
+    """Check the job that `arguments` describe: 0 it would run, 1 warnings with --strict, 2 it would fail."""
+    flags, overrides = take_flags(arguments, {"--all", "--json", "--strict"})
     composed = config.compose(overrides)
     emulated, runs_here = _where(str(composed.device))
+    if "--all" in flags:
+        return doctor_matrix.show(composed, emulated=emulated, runs_here=runs_here, as_json="--json" in flags)
     findings = preflight.check_job(composed, emulated=emulated, runs_here=runs_here)
     recipe = recipes.load(composed.fp8_recipe)
+    job = preflight.job_input(composed, os.environ, emulated=emulated)
+    assert job.model is not None
+    spent = preflight.cost(recipe, job.hardware.capability, job.model, job.parallel)
     if "--json" in flags:
         print(
             json.dumps(
@@ -51,6 +63,7 @@ def run(arguments: list[str]) -> int:
                     "hardware": str(composed.hardware.name),
                     "emulated": emulated,
                     "findings": [finding.to_dict() for finding in findings],
+                    "cost": spent.to_dict(),
                 },
                 indent=2,
             )
@@ -68,8 +81,29 @@ def run(arguments: list[str]) -> int:
             soft_wrap=True,
         )
         _print(console, findings)
-    stopping = {"error", "warning"} if "--strict" in flags else {"error"}
-    return 1 if any(finding.severity in stopping for finding in findings) else 0
+        baseline = preflight.cost(recipes.load("bf16"), job.hardware.capability, job.model, job.parallel)
+        _print_cost(console, recipe.name, spent, baseline)
+    if any(finding.severity == "error" for finding in findings):
+        return 2
+    return 1 if "--strict" in flags and any(finding.severity == "warning" for finding in findings) else 0
+
+
+def _print_cost(console: Console, name: str, spent: preflight.Cost, baseline: preflight.Cost) -> None:
+    """Memory of the linear layers beside BF16's, and the share of the work that is quantised."""
+    said = (
+        f"Linear layers of one rank: weights {_bytes(spent.weights)}, "
+        f"saved inputs {_bytes(spent.saved_inputs)} a micro-batch; "
+        f"{spent.quantised_share:.0%} of the GEMM work is quantised."
+    )
+    if name != "bf16":
+        held = f"{_bytes(baseline.weights)} and {_bytes(baseline.saved_inputs)}"
+        said += f" BF16 holds {held}: {name} needs {'more' if spent.held > baseline.held else 'less'}."
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _bytes(count: int) -> str:
+    """In GB where it is one, else in MB; powers of ten."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _where(device: str) -> tuple[bool, bool]:

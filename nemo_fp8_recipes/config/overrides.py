@@ -132,12 +132,18 @@ def _check_group(override: Override, argument: str) -> None:
 
 def translate(overrides: Sequence[Override]) -> list[str]:
     """The overrides as text for Hydra, other tools' recipe names replaced by ours."""
-    return [
-        f"{RECIPE_GROUP}={recipes.resolve(str(override.value())).choice}"
-        if override.key_or_group == RECIPE_GROUP
-        else str(override.input_line)
-        for override in overrides
-    ]
+    return [_for_hydra(override) for override in overrides]
+
+
+def _for_hydra(override: Override) -> str:
+    line = str(override.input_line)
+    if override.key_or_group == RECIPE_GROUP:
+        return f"{RECIPE_GROUP}={recipes.resolve(str(override.value())).choice}"
+    if override.key_or_group.startswith("versions."):
+        key, _, version = line.partition("=")
+        if version[:1].isdigit():
+            return f"{key}='{version}'"  # 2.20 is a version; as a number it would be 2.2
+    return line
 
 
 def alias_notes(arguments: Sequence[str]) -> list[str]:

@@ -12,10 +12,20 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError, nearest
 from nemo_fp8_recipes.launch import schema as launch_schema
+from nemo_fp8_recipes.targets import versions
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.training import schema as training_schema
 
-__all__ = ["GROUPS", "HardwareConfig", "ParallelConfig", "PreflightConfig", "RootConfig", "read", "validate"]
+__all__ = [
+    "GROUPS",
+    "HardwareConfig",
+    "ParallelConfig",
+    "PreflightConfig",
+    "RootConfig",
+    "VersionsConfig",
+    "read",
+    "validate",
+]
 
 
 @dataclass
@@ -81,12 +91,29 @@ class PreflightConfig:
 
 
 @dataclass
+class VersionsConfig:
+    """Versions that preflight shall assume instead of the installed ones."""
+
+    te: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.te is not None and not versions.parse(self.te):
+            raise ConfigError(
+                f"versions.te={self.te} is no version.",
+                key="versions.te",
+                value=self.te,
+                allowed=["a version such as '2.4'"],
+            )
+
+
+@dataclass
 class RootConfig:
     """The keys outside the groups."""
 
     device: Literal["auto", "native", "emulated"] = "auto"
     run_dir: str | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    versions: VersionsConfig = field(default_factory=VersionsConfig)
     debug: bool = False
 
 

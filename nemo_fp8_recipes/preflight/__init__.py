@@ -3,15 +3,17 @@
 Imports neither torch nor Transformer Engine.
 """
 
+from nemo_fp8_recipes.preflight.cost import Cost, cost
 from nemo_fp8_recipes.preflight.finding import SEVERITIES, Finding, Severity, require, worst_first
 from nemo_fp8_recipes.preflight.hardware import posing_device, recipes_for, runs_on
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
-from nemo_fp8_recipes.preflight.job import check, check_job, job_input
+from nemo_fp8_recipes.preflight.job import check, check_job, job_input, named_hardware
 from nemo_fp8_recipes.preflight.registry import Rule, all_rules
 from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel, linears
 
 __all__ = [
     "SEVERITIES",
+    "Cost",
     "Finding",
     "Hardware",
     "HybridShape",
@@ -23,8 +25,10 @@ __all__ = [
     "all_rules",
     "check",
     "check_job",
+    "cost",
     "job_input",
     "linears",
+    "named_hardware",
     "posing_device",
     "recipes_for",
     "require",

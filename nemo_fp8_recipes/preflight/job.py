@@ -23,7 +23,7 @@ from nemo_fp8_recipes.targets import transformer_engine, versions
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["check", "check_job", "job_input"]
+__all__ = ["check", "check_job", "job_input", "named_hardware"]
 
 _SHAPE_KEYS = (
     "num_layers",
@@ -119,7 +119,7 @@ def job_input(
         ),
         parallel=Parallel(**{key: parallel[key] for key in ("tp", "pp", "cp", "ep", "sequence")}),
         emulated=emulated,
-        te_version=transformer_engine.installed_version(),
+        te_version=values["versions"]["te"] or transformer_engine.installed_version(),
         cuda_version=_cuda_version(versions.installed("torch")),
         environment=environment,
     )
@@ -130,12 +130,25 @@ def _emulated(device: str, environment: Mapping[str, str]) -> bool:
     return bool(emulation.should_start(device, environment))
 
 
+def named_hardware(name: str) -> Hardware:
+    """The GPU of conf/hardware/<name>.yaml.
+
+    Raises:
+        ConfigError: there is no such choice.
+    """
+    from nemo_fp8_recipes import config
+
+    return _as_hardware(dataclasses.asdict(config.load_hardware(name)))
+
+
 def _hardware(node: Mapping[str, Any], recipe: recipes.Recipe, emulated: bool) -> Hardware:
     """The device named; for auto the one that emulation poses as, or an unknown one."""
     if node["name"] == "auto" and emulated:
-        from nemo_fp8_recipes import config
+        return named_hardware(posing_device(recipe, "auto"))
+    return _as_hardware(node)
 
-        node = dataclasses.asdict(config.load_hardware(posing_device(recipe, "auto")))
+
+def _as_hardware(node: Mapping[str, Any]) -> Hardware:
     capability = node["compute_capability"]
     return Hardware(
         name=node["name"],

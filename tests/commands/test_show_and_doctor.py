@@ -70,6 +70,7 @@ def test_show_imports_no_torch():
         assert main(["show", "fp8_recipe=mxfp8"]) == 0
         assert main(["show", "fp8_recipe=mxfp8", "--json"]) == 0
         assert main(["doctor", "fp8_recipe=mxfp8", "device=emulated"]) == 0
+        assert main(["doctor", "--all", "device=emulated"]) == 0
         assert not {"torch", "numpy", "transformer_engine", "megatron"} & set(sys.modules)
         """
     )
@@ -101,7 +102,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys, command, argument, said):
 
 def test_doctor_refuses_and_names_what_runs(capsys):
     status, out = run(capsys, "doctor", "fp8_recipe=mxfp8", "hardware=h100", "device=native")
-    assert status == 1
+    assert status == 2
     assert "FP8-HW-001" in out.out
     assert "bf16, delayed, tensorwise, blockwise" in out.out
 
@@ -110,6 +111,27 @@ def test_doctor_of_a_sound_job(capsys):
     status, out = run(capsys, "doctor", "fp8_recipe=blockwise", "hardware=h100", "device=emulated")
     assert status == 0
     assert "Nothing found" in out.out
+    assert "of the GEMM work is quantised" in out.out
+
+
+def test_doctor_of_every_recipe_on_every_gpu(capsys):
+    status, out = run(
+        capsys, "doctor", "--all", "--json", "model=nemotron_h_8b", "device=native", "parallel.tp=8"
+    )
+    found = json.loads(out.out)["matrix"]
+    assert status == 0
+    assert set(found) == {*recipes.names(), *recipes.presets()}
+    assert found["tensorwise"]["h100"] == []
+    assert found["mxfp8"]["h100"] == ["FP8-HW-001", "FP8-SHP-001"]
+    assert found["mxfp8"]["b200"] == ["FP8-SHP-001"]
+    assert found["deepseek_v3"]["b200"] == ["FP8-HW-003"]
+    assert "HW-001" in run(capsys, "doctor", "--all", "device=native")[1].out
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.4", 2), ("2.8", 0), ("2.20", 0), ("'2.20.2'", 0)])
+def test_doctor_for_a_stated_version(capsys, version, status):
+    arguments = ("doctor", "fp8_recipe=nvfp4", "hardware=b200", "device=native", f"versions.te={version}")
+    assert run(capsys, *arguments)[0] == status
 
 
 def test_doctor_strict_counts_warnings(capsys):
@@ -125,7 +147,8 @@ def test_doctor_json(capsys):
         capsys, "doctor", "hardware=h100", "fp8_recipe.fp8_format=hybrid", "device=emulated", "--json"
     )
     said = json.loads(out.out)
-    assert status == 1
+    assert status == 2
+    assert 0 < said["cost"]["quantised_share"] < 1
     assert [finding["code"] for finding in said["findings"]] == ["FP8-HW-001", "FP8-NUM-001"]
     assert said["findings"][0]["severity"] == "error"
     assert said["emulated"] is True
@@ -134,7 +157,7 @@ def test_doctor_json(capsys):
 def test_doctor_of_an_option_that_is_not_emulated(capsys):
     option = "fp8_recipe.nvfp4_4over6=weights"
     status, out = run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=emulated")
-    assert status == 1
+    assert status == 2
     assert "not emulated" in " ".join(out.out.split())
     assert run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=native", "hardware=b200")[0] == 0
     assert run(capsys, "doctor", "fp8_recipe=nvfp4", "device=emulated")[0] == 0

@@ -15,6 +15,8 @@ ALWAYS: tuple[tuple[str, type[Warning]], ...] = (
     ("Apex is not installed", UserWarning),
     # Megatron-Core complains about the default of its own cuda_graph_scope.
     ("full scope is deprecated", UserWarning),
+    # Megatron-Core's checkpoint format builds on torch's ShardedTensor.
+    ("Please use DTensor instead", FutureWarning),
     # Megatron-Core and Transformer Engine call these by the names that older torch releases know.
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
 )

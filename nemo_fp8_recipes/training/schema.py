@@ -278,7 +278,7 @@ class TrainingConfig:
     """How long, how much at a time, and what is kept."""
 
     name: str = "default"
-    steps: int = 300
+    steps: int = 250
     micro_batch_size: int = 4
     global_batch_size: int = 4
     seed: int = 1234

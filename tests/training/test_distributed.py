@@ -71,8 +71,8 @@ def test_tensor_parallel_with_sequence_parallel_shares_amax(tmp_path: Path, sing
     assert run.losses[-1] == pytest.approx(single.losses[-1], rel=0.05)  # other initial weights
 
 
-def test_pipeline_parallel_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    settings = (*DELAYED, "parallel.pp=2", "training.save_every=2")
+def test_pipeline_parallel_with_fp8_weights_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    settings = (*DELAYED, "fp8_recipe.fp8_param=true", "parallel.pp=2", "training.save_every=2")
     run = train(tmp_path / "run", *settings, ranks=2)
     losses, states = run.losses, [fp8_state(run, rank) for rank in (0, 1)]
     assert losses[-1] < losses[0]

@@ -177,6 +177,8 @@ class Checkpointer:
         self.model.load_state_dict({**state["model"], **empty})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["common"]["scheduler"])
+        # After them: quantising the loaded FP8 weights has added to the live amax.
+        fp8_state.restore(self.model, self.recipe, own["fp8_state"])
         random_state.restore(own["random_state"], self.device)
 
     # -- both --------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The model group: published sizes, how they compose, and their tiny versions."""
 
+from pathlib import Path
+
 import pytest
 
 from nemo_fp8_recipes import config, preflight
@@ -138,3 +140,24 @@ def test_a_hybrid_is_not_cut_down(name):
 def test_what_a_hybrid_cannot_be(override, said):
     with pytest.raises(ConfigError, match=said):
         config.compose(["model=nemotron_h_8b", override])
+
+
+def row(name):
+    """A model's line in docs/models.md."""
+    model = MODELS[name]
+    layers = str(model.num_layers)
+    if model.hybrid is not None:
+        pattern = model.hybrid.layer_pattern
+        layers += ": " + ", ".join(f"{pattern.count(kind)} {kind}" for kind in "M-*E" if kind in pattern)
+    published = model.published
+    return (
+        f"| `{name}` | {layers} | {model.hidden_size} "
+        f"| {model.num_attention_heads} / {model.num_query_groups} "
+        f"| {model.ffn_hidden_size} | {model.seq_length} | {published.fp8_recipe} "
+        f"| {published.tp} / {published.pp} / {published.cp} / {published.ep} | {published.source} |"
+    )
+
+
+def test_the_document_lists_every_model_as_it_is():
+    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    assert [line for line in document if line.startswith("| `")] == [row(name) for name in MODELS]

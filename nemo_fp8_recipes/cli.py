@@ -71,6 +71,11 @@ def _find(name: str) -> Command:
     )
 
 
+def _ours(arguments: Sequence[str]) -> list[str]:
+    """The words before `--`: what follows belongs to the user's own script."""
+    return list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -80,7 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command = _find(arguments[0])
     module = cast("CommandModule", importlib.import_module(command.module))
-    if any(argument in ("-h", "--help") for argument in arguments[1:]):
+    if any(argument in ("-h", "--help") for argument in _ours(arguments)):
         print(module.HELP.strip())
         return 0
     return module.run(arguments[1:])
@@ -89,8 +94,9 @@ def _dispatch(arguments: list[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on an error the user can put right, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    ours = _ours(arguments)
+    debug = "--debug" in ours
+    arguments = [argument for argument in ours if argument != "--debug"] + arguments[len(ours) :]
     try:
         return _dispatch(arguments)
     except Fp8Error as error:

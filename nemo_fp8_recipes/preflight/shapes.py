@@ -200,6 +200,9 @@ def _hybrid(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
 
 _EXECUTION = "transformer_engine/pytorch/utils.py: assert_dim_for_fp8_exec"
 _CUBLAS = "transformer_engine/common/gemm/cublaslt_gemm.cu: CanonicalizeGemmInput"
+_CUBLAS_FP4 = (
+    "cuBLAS documentation: block-scaled FP4 matrix multiplication, 16-byte aligned leading dimensions"
+)
 _QUANTIZER = "transformer_engine/pytorch/csrc/quantizer.cpp: {}::create_tensor"
 
 
@@ -215,6 +218,8 @@ def demands(recipe: Recipe, capability: Capability | None) -> Iterator[Demand]:
         quantised: tuple[Dimension, ...] = ("local tokens", "output features", "input features")
         for dimension in quantised:
             yield Demand(dimension, block, f"blocks of {block} must be whole", _QUANTIZER.format(quantizer))
+        if recipe.name == "nvfp4":
+            yield from _fp4_gemm_demands(recipe)
         return
     yield from _gemm_demands(recipe, capability)
 
@@ -228,6 +233,14 @@ def _gemm_demands(recipe: Recipe, capability: Capability | None) -> Iterator[Dem
     yield Demand("output features", 16, "they are the inner dimension of the dgrad GEMM", _CUBLAS)
     if not per_tensor or capability is None or not any_gemm_layout(capability):
         yield Demand("tokens", 16, "they are the inner dimension of the wgrad GEMM", _CUBLAS)
+
+
+def _fp4_gemm_demands(recipe: Recipe) -> Iterator[Demand]:
+    """The inner dimension of each GEMM: leading dimensions of 16 bytes are 32 FP4 values."""
+    yield Demand("input features", 32, "they are the inner dimension of the fprop GEMM", _CUBLAS_FP4)
+    if recipe.operands().get("grad_output") is not None:
+        yield Demand("output features", 32, "they are the inner dimension of the dgrad GEMM", _CUBLAS_FP4)
+        yield Demand("tokens", 32, "they are the inner dimension of the wgrad GEMM", _CUBLAS_FP4)
 
 
 def unmet(

@@ -27,6 +27,9 @@ natively.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,3 +51,29 @@ def emulated() -> EmulatedDevice:
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU; the emulated device is for machines without one")
     return emulation.install(POSING_AS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_left_as_found() -> Iterator[None]:
+    """What Megatron and Transformer Engine leave in the process does not reach the next test module:
+    attention settings in the environment, process groups, amax buffers of models that are gone.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("NVTE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    if "megatron.core.parallel_state" in sys.modules:
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if "transformer_engine.pytorch.quantization" in sys.modules:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()

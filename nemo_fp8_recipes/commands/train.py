@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from nemo_fp8_recipes import config
 from nemo_fp8_recipes.errors import (
@@ -17,6 +18,8 @@ from nemo_fp8_recipes.training.errors import DivergedError, ReportedElsewhereErr
 from nemo_fp8_recipes.training.job import run_job
 
 __all__ = ["HELP", "run"]
+
+PATIENCE_SECONDS = 20.0
 
 HELP = """
 usage: nemo-fp8 train [group=choice] [group.key=value] ...
@@ -52,6 +55,8 @@ def run(arguments: list[str]) -> int:
         return run_job(config.compose(arguments), command=command, overrides=arguments)
     except Fp8Error as error:
         if _reported_by_another_rank(error):
+            # torchrun ends all processes when the first one exits: let the one that reports come first.
+            time.sleep(PATIENCE_SECONDS)
             return error.exit_code
         raise
 

@@ -19,8 +19,12 @@ ALWAYS: tuple[tuple[str, type[Warning]], ...] = (
     ("Please use DTensor instead", FutureWarning),
     # Megatron-Core and Transformer Engine call these by the names that older torch releases know.
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    (r"`load_state_dict` is deprecated", FutureWarning),
+    ("`load_state_dict` is deprecated", FutureWarning),
 )
 EMULATED: tuple[tuple[str, type[Warning]], ...] = (
+    # GPU memory of BF16 weights beside their MXFP8 copies.
+    ("mxfp8 without using reuse_grad_buf_for_mxfp8_param_ag", UserWarning),
     # Advice on how kernels and communication overlap: there are neither.
     ("To guarantee overlapping TP and SP collectives", UserWarning),
     ("When using (sequence|async tensor) parallelism it is recommended to set the environment", UserWarning),

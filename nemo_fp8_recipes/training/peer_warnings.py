@@ -19,7 +19,6 @@ ALWAYS: tuple[tuple[str, type[Warning]], ...] = (
     ("Please use DTensor instead", FutureWarning),
     # Megatron-Core and Transformer Engine call these by the names that older torch releases know.
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
-    (r"`load_state_dict` is deprecated", FutureWarning),
     ("`load_state_dict` is deprecated", FutureWarning),
 )
 EMULATED: tuple[tuple[str, type[Warning]], ...] = (

@@ -1,4 +1,5 @@
-"""The reference Megatron-Core pre-training job: what `nemo-fp8 train` runs, on GPUs and on the emulated device.
+"""The Megatron-Core pre-training job that `nemo-fp8 train` runs, on GPUs and on the emulated device.
 
-Read `job.py` first (the order of things before torch), then `session.py` (after it) and `trainer.py` (a step).
+Read `job.py` first (what happens before torch), then `session.py` (what happens after) and `trainer.py` (a
+step).
 """

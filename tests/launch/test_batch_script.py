@@ -17,9 +17,10 @@ from tests.launch.conftest import HOSTILE
 
 BASE = ("launcher=slurm", "device=emulated", "launcher.nproc_per_node=2")
 
-# Stands in for srun and module: keeps its arguments and one variable, each ended by NUL.
+# Stands in for srun and module: keeps its arguments, each ended by NUL, in a numbered file, and one variable.
 RECORDER = """#!/bin/sh
-printf '%s\\0' "$@" >> "$RECORD/{name}.$$"
+number=$(ls "$RECORD" | grep -c '^{name}\\.[0-9]')
+printf '%s\\0' "$@" > "$RECORD/{name}.$number"
 printf '%s' "$PROBE" > "$RECORD/{name}.probe"
 """
 
@@ -47,7 +48,7 @@ def execute(text: str, directory: Path) -> list[list[str]]:
     )
     assert done.returncode == 0, done.stderr
     assert not (directory / "INJECTED").exists()
-    calls = sorted(tools.glob("srun.[0-9]*"), key=lambda path: path.stat().st_mtime_ns)
+    calls = sorted(tools.glob("srun.[0-9]*"), key=lambda path: int(path.suffix[1:]))
     return [call.read_bytes().decode().split("\0")[:-1] for call in calls]
 
 

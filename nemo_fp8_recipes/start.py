@@ -6,6 +6,10 @@ The reference job starts this way, and so does a script of your own:
     job = fp8.start(config)
     print(job.recipe.name, "on", job.device.label)
     import torch, megatron.core          # from here on the device is in place, emulated or not
+
+A script with a configuration of its own starts from the recipe alone:
+
+    job = fp8.start(fp8.load("mxfp8"))
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from nemo_fp8_recipes import config as configuration
 from nemo_fp8_recipes import emulation, preflight, recipes
+from nemo_fp8_recipes.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,31 +50,61 @@ class Start:
     findings: tuple[Finding, ...]
 
 
-def start(config: DictConfig, environ: Mapping[str, str] = os.environ) -> Start:
+def start(
+    job: DictConfig | Recipe,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    device: str | None = None,
+    hardware: str | None = None,
+) -> Start:
     """Check the job and put its device in place. Call it before Transformer Engine or Megatron is imported.
 
     Args:
-        config: what `config.compose` returned.
+        job: what `config.compose` returned; or the recipe alone, and then the shapes of the model, which
+            nobody knows here, are not checked.
         environ: the process environment, which says whether torchrun or SLURM started this process.
+        device: with a recipe, "auto", "native" or "emulated"; None is "auto". A configuration has its own.
+        hardware: with a recipe, the GPU it is for; None is "auto". A configuration has its own.
 
     Raises:
         PreflightError: the job would fail; nothing has been built.
         EmulationError: the device asked for cannot be had here.
         RecipeError: the recipe cannot take its options.
+        ConfigError: a device is given beside a configuration that names one.
     """
+    config, knows_model = _configuration(job, device, hardware)
     recipe = recipes.load(config.fp8_recipe)
     emulated = emulation.should_start(str(config.device), environ)
-    findings = preflight.check_job(config, environ, emulated=emulated)
+    findings = preflight.check_job(config, environ, emulated=emulated, knows_model=knows_model)
     preflight.require(findings)
-    hardware: dict[str, Any] = OmegaConf.to_container(config.hardware, resolve=True)  # type: ignore[assignment]  # a group is a mapping
+    node: dict[str, Any] = OmegaConf.to_container(config.hardware, resolve=True)  # type: ignore[assignment]  # a group is a mapping
     if emulated:
-        hardware["name"] = preflight.posing_device(recipe, hardware["name"])
-    device = emulation.switch(str(config.device), hardware, environ)
+        node["name"] = preflight.posing_device(recipe, node["name"])
+    in_place = emulation.switch(str(config.device), node, environ)
     if not emulated:
         # Only now is it known which GPU `hardware=auto` is.
         found = preflight.Hardware(
-            name="auto", display_name=device.label, capability=device.compute_capability
+            name="auto", display_name=in_place.label, capability=in_place.compute_capability
         )
-        findings = preflight.check_job(config, environ, emulated=False, found=found)
+        findings = preflight.check_job(config, environ, emulated=False, found=found, knows_model=knows_model)
         preflight.require(findings)
-    return Start(recipe, device, tuple(findings))
+    return Start(recipe, in_place, tuple(findings))
+
+
+def _configuration(
+    job: DictConfig | Recipe, device: str | None, hardware: str | None
+) -> tuple[DictConfig, bool]:
+    """The configuration to check, and whether its model is the one that will run."""
+    if isinstance(job, recipes.Recipe):
+        config = configuration.compose([f"device={device or 'auto'}", f"hardware={hardware or 'auto'}"])
+        OmegaConf.update(config, "fp8_recipe", job.to_dict(), merge=False, force_add=True)
+        return config, False
+    for key, value in (("device", device), ("hardware", hardware)):
+        if value is not None:
+            raise ConfigError(
+                f"start() was given {key}={value} beside a configuration, which has its own.",
+                key=key,
+                value=value,
+                hint=f"Set {key}={value} in the configuration.",
+            )
+    return job, True

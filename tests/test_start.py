@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_fp8_recipes import emulation, preflight
+from nemo_fp8_recipes import emulation, preflight, recipes
 from nemo_fp8_recipes.config import compose
 from nemo_fp8_recipes.emulation import NativeDevice
-from nemo_fp8_recipes.errors import EmulationError, PreflightError
+from nemo_fp8_recipes.errors import ConfigError, EmulationError, PreflightError
 from nemo_fp8_recipes.start import start
 
 
@@ -64,3 +64,26 @@ def test_torchrun_on_a_machine_without_a_gpu_must_ask_for_emulation(monkeypatch:
     monkeypatch.setattr(selection, "nvidia_device_files", list)
     with pytest.raises(EmulationError, match="device=emulated"):
         start(compose(["fp8_recipe=delayed"]), {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"})
+
+
+def test_a_recipe_alone_starts_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(emulation, "should_start", lambda *_: True)
+    monkeypatch.setattr(emulation, "switch", lambda _, hardware, __: asked.append(hardware["name"]))
+    recipe = recipes.load("mxfp8", fp8_format="hybrid")
+    job = start(recipe)
+    assert job.recipe == recipe
+    assert asked == ["b200"]
+    # The warning about this recipe is there, and nothing about the shapes of some model.
+    assert "FP8-NUM-001" in {finding.code for finding in job.findings}
+    assert not [finding for finding in job.findings if finding.code.startswith(("FP8-SHP", "FP8-PLC"))]
+
+
+def test_a_recipe_alone_is_checked_against_the_gpu_found(h100: NativeDevice) -> None:
+    with pytest.raises(PreflightError, match="mxfp8"):
+        start(recipes.load("mxfp8"))
+
+
+def test_a_configuration_names_the_device_itself() -> None:
+    with pytest.raises(ConfigError, match="device=emulated"):
+        start(compose(["fp8_recipe=delayed"]), device="emulated")

@@ -50,6 +50,7 @@ def check_job(
     emulated: bool | None = None,
     runs_here: bool = True,
     found: Hardware | None = None,
+    knows_model: bool = True,
 ) -> list[Finding]:
     """The findings for a composed configuration on this machine.
 
@@ -61,6 +62,7 @@ def check_job(
         emulated: whether the device is emulated; None: as `device=` and this machine decide.
         runs_here: whether the job runs on this machine, with the packages installed here.
         found: the GPU that the job runs on, once it is known: it takes the place of hardware=auto.
+        knows_model: whether `config.model` is the model that will run; otherwise no shape is checked.
 
     Raises:
         ConfigError: `preflight.ignore` names a code that does not exist.
@@ -68,7 +70,7 @@ def check_job(
     """
     ignored = _ignored(list(config.preflight.ignore))
     job = job_input(config, os.environ if environment is None else environment, emulated=emulated)
-    job = dataclasses.replace(job, runs_here=runs_here)
+    job = dataclasses.replace(job, runs_here=runs_here, model=job.model if knows_model else None)
     if found is not None and job.hardware.capability is None:
         job = dataclasses.replace(job, hardware=found)
     findings = check(job)

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from nemo_fp8_recipes.errors import RunDirectoryError
-from nemo_fp8_recipes.launch.directory import NAME, LaunchDirectory
+from nemo_fp8_recipes.launch.directory import LaunchDirectory
 from nemo_fp8_recipes.launch.plan import Job
-from nemo_fp8_recipes.launch.runs.checkpoints import newest_complete_step
+from nemo_fp8_recipes.training.checkpoint.directory import newest_complete_step
 from nemo_fp8_recipes.training.files import writing
-from nemo_fp8_recipes.training.run_directory import RunDirectory
+from nemo_fp8_recipes.training.run_directory import (
+    CHECKPOINTS,
+    LAUNCH_DIRECTORY,
+    LOCK_FILE,
+    RUN_FILE,
+    RunDirectory,
+)
 
 __all__ = ["Claim", "claim", "node_name", "refuse_existing", "reserve"]
 
-_RUN = "run.json"
-_KEPT = frozenset({NAME, ".lock"})
+_KEPT = frozenset({LAUNCH_DIRECTORY, LOCK_FILE})
 _OF_A_RUN = ("nodes", "ranks", "logs", "stacks", "job.json", "job.sh", "slurm.out")
 
 
@@ -103,7 +108,7 @@ def _prepare(
                 value=str(job.run_dir),
                 hint="Wait for it to end or choose another run_dir.",
             )
-        has_run = (job.run_dir / _RUN).exists()
+        has_run = (job.run_dir / RUN_FILE).exists()
         if (has_run or record is not None) and not joins and not resume:
             if not overwrite:
                 raise _holds_a_run(job.run_dir)
@@ -111,7 +116,7 @@ def _prepare(
             result.notes.append(f"The run that was there is in {put}.")
             has_run, record = False, None
         goes_on = result.resume and has_run and job.payload.kind == "train" and not (joins and alive)
-        if goes_on and newest_complete_step(job.run_dir) is None:
+        if goes_on and newest_complete_step(job.run_dir / CHECKPOINTS) is None:
             put = _put_aside(directory, has_run=True, keep_launch=True)
             result.notes.append(
                 f"The run saved no checkpoint to go on from: it starts anew; its files are in {put}."
@@ -131,7 +136,7 @@ def refuse_existing(job: Job, *, resume: bool, overwrite: bool) -> None:
     _refuse_foreign(job.run_dir)
     if resume or overwrite:
         return
-    if (job.run_dir / _RUN).exists() or LaunchDirectory(job.run_dir).job_file.exists():
+    if (job.run_dir / RUN_FILE).exists() or LaunchDirectory(job.run_dir).job_file.exists():
         raise _holds_a_run(job.run_dir)
 
 
@@ -151,7 +156,7 @@ def _refuse_foreign(run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise RunDirectoryError(f"{run_dir} is a file, not a directory.", key="run_dir", value=str(run_dir))
     others = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith("."))
-    if others and _RUN not in others and not (run_dir / NAME / "job.json").exists():
+    if others and RUN_FILE not in others and not (run_dir / LAUNCH_DIRECTORY / "job.json").exists():
         raise RunDirectoryError(
             f"{run_dir} holds other files ({', '.join(others[:3])}).",
             key="run_dir",
@@ -174,10 +179,10 @@ def _put_aside(directory: LaunchDirectory, *, has_run: bool, keep_launch: bool =
                 if entry.name not in _KEPT:
                     entry.rename(target / entry.name)
             if not keep_launch:
-                (target / NAME).mkdir()
+                (target / LAUNCH_DIRECTORY).mkdir()
                 for name in _OF_A_RUN:
                     if (directory.path / name).exists():
-                        (directory.path / name).rename(target / NAME / name)
+                        (directory.path / name).rename(target / LAUNCH_DIRECTORY / name)
                 directory.create()
     finally:
         if run is not None:

@@ -24,10 +24,10 @@ from typing import Any
 
 from nemo_fp8_recipes.errors import RunDirectoryError
 from nemo_fp8_recipes.training.files import atomic_write_json, writing
+from nemo_fp8_recipes.training.run_directory import LAUNCH_DIRECTORY
 
-__all__ = ["NAME", "LaunchDirectory"]
+__all__ = ["LaunchDirectory"]
 
-NAME = ".launch"
 SCHEMA_VERSION = 1
 
 
@@ -39,7 +39,7 @@ class LaunchDirectory:
 
     @property
     def path(self) -> Path:
-        return self.run_dir / NAME
+        return self.run_dir / LAUNCH_DIRECTORY
 
     @property
     def job_file(self) -> Path:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from nemo_fp8_recipes.launch.directory import LaunchDirectory
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, MANIFEST_FILE, METRICS_FILE, RUN_FILE
 
 __all__ = ["HangWatch"]
 
@@ -39,8 +40,8 @@ class HangWatch:
 
     def _look(self) -> object:
         run = self._directory.run_dir
-        paths = [run / "run.json", run / "metrics.jsonl", run / "manifest.json"]
-        checkpoints = sorted(_children(run / "checkpoints"))
+        paths = [run / name for name in (RUN_FILE, METRICS_FILE, MANIFEST_FILE)]
+        checkpoints = sorted(_children(run / CHECKPOINTS))
         if checkpoints:
             paths += [*checkpoints, *_children(checkpoints[-1])]
         if self._by_output:

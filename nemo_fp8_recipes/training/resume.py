@@ -7,26 +7,32 @@ from pathlib import Path
 
 from nemo_fp8_recipes.errors import CheckpointError, ConfigError
 from nemo_fp8_recipes.training.checkpoint.directory import newest_checkpoint
-from nemo_fp8_recipes.training.run_directory import RunDirectory, newest_run
+from nemo_fp8_recipes.training.run_directory import RUN_FILE, RunDirectory, newest_run
 
 __all__ = ["Opening", "open_run"]
 
 
 @dataclass(frozen=True)
 class Opening:
-    """An open run directory and the checkpoint to start from, if any."""
+    """An open run directory and the checkpoint to start from, if any.
+
+    `goes_on`: the directory holds a run already. Without a checkpoint that run starts again from its first
+    step.
+    """
 
     run: RunDirectory
     checkpoint: Path | None
+    goes_on: bool = False
 
 
 def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
     """Open the run directory that the configuration asks for.
 
     - `resume` null: a new run in `run_dir` (or a fresh directory below `runs/`).
-    - `resume=auto`: go on in `run_dir` from its newest checkpoint, or start there when it holds no run yet,
-      so that a requeued job can always say auto. Without `run_dir`, the newest run of this recipe below
-      `runs/`.
+    - `resume=auto`: go on in `run_dir` from its newest checkpoint; start there when it holds no run yet, and
+      start again there when its run ended before it saved anything, so that a requeued job can always say
+      auto. A run that finished is not started again. Without `run_dir`, the newest run of this recipe below
+      `runs/`, which must have a checkpoint: nobody named it.
     - `resume=PATH`: go on in that run directory.
 
     Raises:
@@ -37,7 +43,7 @@ def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
     if resume is None:
         return Opening(RunDirectory.create(run_dir, recipe), None)
     if resume == "auto":
-        if run_dir is not None and not (Path(run_dir) / "run.json").exists():
+        if run_dir is not None and not (Path(run_dir) / RUN_FILE).exists():
             return Opening(RunDirectory.create(run_dir, recipe), None)
         path = Path(run_dir) if run_dir is not None else newest_run(recipe)
         if path is None:
@@ -58,7 +64,8 @@ def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
             )
     run = RunDirectory.reopen(path)
     checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is None:
+    starts_again = resume == "auto" and run_dir is not None and run.record["status"] != "finished"
+    if checkpoint is None and not starts_again:
         run.close()
         raise CheckpointError(
             f"{path} has no complete checkpoint to resume from.",
@@ -66,4 +73,4 @@ def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
             value=str(path),
             hint="Checkpoints are saved when training.save_every is above 0.",
         )
-    return Opening(run, checkpoint)
+    return Opening(run, checkpoint, goes_on=True)

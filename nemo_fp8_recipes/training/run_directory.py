@@ -6,6 +6,7 @@
     metrics.jsonl            one line a logged step
     telemetry/ tensorboard/  amax, scale, histories
     checkpoints/step_XXXXXX/
+    .launch/                 how it was launched, logs of each rank (launch/directory.py)
 
 One process writes a directory at a time: it holds a lock on `.lock` that the kernel releases when it ends,
 however it ends.
@@ -31,6 +32,12 @@ __all__ = ["SCHEMA_VERSION", "RunDirectory", "newest_run"]
 SCHEMA_VERSION = 1
 DEFAULT_PARENT = Path("runs")
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+MANIFEST_FILE = "manifest.json"
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
+LAUNCH_DIRECTORY = ".launch"
+"""What is there before a run starts begins with a dot, so that it does not count as another run's."""
 
 
 def _now() -> str:
@@ -132,7 +139,7 @@ class RunDirectory:
     @staticmethod
     def _acquire(directory: Path) -> int:
         with writing(directory):
-            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -153,11 +160,11 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -225,7 +232,7 @@ class RunDirectory:
             return
         if not (self.path / RUN_FILE).exists():
             with contextlib.suppress(OSError):  # not empty or not ours: what is there stays
-                (self.path / ".lock").unlink(missing_ok=True)
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
                 self.path.rmdir()
         os.close(self._lock)
         self._lock = None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training import display
-from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position, verify
+from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
 from nemo_fp8_recipes.training.data import BatchPlan, Dataset, build_dataset
 from nemo_fp8_recipes.training.distributed import (
     agree,
@@ -37,7 +37,12 @@ from nemo_fp8_recipes.training.model import (
 from nemo_fp8_recipes.training.optimizer import build_optimizer, build_scheduler
 from nemo_fp8_recipes.training.peer_warnings import ignore_known_warnings
 from nemo_fp8_recipes.training.resume import open_run
-from nemo_fp8_recipes.training.run_directory import RunDirectory
+from nemo_fp8_recipes.training.run_directory import (
+    CHECKPOINTS,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RunDirectory,
+)
 from nemo_fp8_recipes.training.settings import Settings
 from nemo_fp8_recipes.training.trainer import Outcome, Step, Trainer
 
@@ -89,20 +94,22 @@ class _Session:
     def run(self) -> int:
         with ExitStack() as stack:
             dataset = self._dataset()
-            path, checkpoint = self._open_run(stack)
+            path, checkpoint, goes_on = self._open_run(stack)
             job = self.settings.job_identity(
                 data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()
             )
             if checkpoint is not None:
                 verify(checkpoint, job)
             try:
-                return self._train(dataset, path, checkpoint, job)
+                return self._train(dataset, path, checkpoint, job, goes_on=goes_on)
             except BaseException as error:
                 if self.run_dir is not None:
                     _record_failure(self.run_dir, error)
                 raise
 
-    def _train(self, dataset: Dataset, path: Path, checkpoint: Path | None, job: dict[str, Any]) -> int:
+    def _train(
+        self, dataset: Dataset, path: Path, checkpoint: Path | None, job: dict[str, Any], *, goes_on: bool
+    ) -> int:
         settings = self.settings
         with (
             watch_signals() as interruption,
@@ -110,11 +117,13 @@ class _Session:
         ):
             trainer = self._build(dataset, path, job, fp8_run)
             start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
-            self._start_record(path, start, resumed=checkpoint is not None)
+            self._start_record(path, start, resumed=goes_on)
             fp8_run.model_built(trainer.model)
-            if self.recorder is not None and checkpoint is not None:
+            if self.recorder is not None and goes_on:
                 self.recorder.truncate_after(start.step)
             self._show_banner(trainer, dataset, path, start)
+            if goes_on and checkpoint is None:
+                self.console.print("The run had saved no checkpoint: it starts again from its first step.")
             total = settings.training.steps
             with display.progress(self.console, total=total, done=start.step) as line:
                 outcome = trainer.run(start, interruption, line)
@@ -136,19 +145,21 @@ class _Session:
         same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})
         return dataset
 
-    def _open_run(self, stack: ExitStack) -> tuple[Path, Path | None]:
-        """Open the run directory on rank 0; every rank learns where it is and what to resume from."""
+    def _open_run(self, stack: ExitStack) -> tuple[Path, Path | None, bool]:
+        """Open the run directory on rank 0; every rank learns where it is, what to resume from, and whether
+        it holds a run that goes on."""
 
-        def opened() -> tuple[str, str | None]:
+        def opened() -> tuple[str, str | None, bool]:
             opening = open_run(
                 self.settings.run_dir, self.settings.training.resume, self.settings.recipe.name
             )
             self.run_dir = opening.run
             stack.callback(opening.run.close)
-            return str(opening.run.path), str(opening.checkpoint) if opening.checkpoint else None
+            checkpoint = str(opening.checkpoint) if opening.checkpoint else None
+            return str(opening.run.path), checkpoint, opening.goes_on
 
-        path, checkpoint = agree(opened)
-        return Path(path), Path(checkpoint) if checkpoint else None
+        path, checkpoint, goes_on = agree(opened)
+        return Path(path), Path(checkpoint) if checkpoint else None, goes_on
 
     def _build(self, dataset: Dataset, path: Path, job: dict[str, Any], fp8_run: Fp8Run) -> Trainer:
         from megatron.core.distributed import finalize_model_grads
@@ -176,7 +187,7 @@ class _Session:
             config.no_sync_func = wrapped.no_sync
         scheduler = build_scheduler(settings.optimizer, optimizer, total_steps=training.steps)
         checkpointer = Checkpointer(
-            checkpoints=path / "checkpoints",
+            checkpoints=path / CHECKPOINTS,
             model=gpt,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -186,7 +197,7 @@ class _Session:
             versions=dict(self.invocation.versions),
             keep=training.keep_checkpoints,
         )
-        log = MetricsLog(path / "metrics.jsonl")
+        log = MetricsLog(path / METRICS_FILE)
 
         def write_metrics(step: Step) -> None:
             if self.is_first_rank:
@@ -194,7 +205,7 @@ class _Session:
 
         def write_manifest() -> None:
             if self.is_first_rank and fp8_run.manifest is not None:
-                atomic_write_json(path / "manifest.json", fp8_run.manifest.to_dict())
+                atomic_write_json(path / MANIFEST_FILE, fp8_run.manifest.to_dict())
 
         return Trainer(
             settings=training,
@@ -224,7 +235,7 @@ class _Session:
                 config_yaml=invocation.config_yaml,
                 resumed_at=start.step if resumed else None,
             )
-            MetricsLog(path / "metrics.jsonl").truncate_after(start.step)
+            MetricsLog(path / METRICS_FILE).truncate_after(start.step)
 
         agree(write)
 
@@ -257,7 +268,7 @@ class _Session:
     def _finish(self, path: Path, outcome: Outcome, held_out: float | None) -> None:
         if self.run_dir is None:
             return
-        rows = read_metrics(path / "metrics.jsonl")
+        rows = read_metrics(path / METRICS_FILE)
         losses = (rows[0]["loss"], rows[-1]["loss"]) if rows else None
         if outcome.finished:
             self.run_dir.finish(

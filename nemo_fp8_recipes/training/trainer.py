@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
-from nemo_fp8_recipes.training.checkpoint import Checkpointer, Position
+from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position
 from nemo_fp8_recipes.training.display import ProgressLine
 from nemo_fp8_recipes.training.errors import DivergedError
 from nemo_fp8_recipes.training.forward import Forward, reduce_loss

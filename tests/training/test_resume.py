@@ -90,7 +90,7 @@ import os, signal, sys
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer
 complete = Checkpointer._complete
 def killed(self, path, position):
-    if position.step == 20:
+    if position.step == int(os.environ["KILLED_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
     complete(self, path, position)
 Checkpointer._complete = killed
@@ -100,17 +100,21 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(tmp_path: Path, uninterrupted: Run) -> None:
+    """Killed in the first save, auto starts again in the same directory; killed in the second, it goes on
+    from the first."""
     path = tmp_path / "run"
-    arguments = command(f"run_dir={path}", *DELAYED, "training.save_every=10")[3:]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    arguments = command(f"run_dir={path}", *DELAYED, "training.resume=auto", "training.save_every=10")[3:]
+    for step in ("10", "20"):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments],
+            env={**environment(), "KILLED_AT": step},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert ("starts again from its first step" in killed.stdout) == (step == "20")
     assert sorted(os.listdir(path / "checkpoints")) == ["step_000010", "step_000020"]
     assert not (path / "checkpoints" / "step_000020" / "complete.json").exists()
     resumed = train(path, *DELAYED, "training.save_every=10", resume=True)

@@ -181,6 +181,18 @@ def test_auto_starts_a_run_where_none_is(tmp_path: Path) -> None:
     opening.run.close()
 
 
+def test_auto_starts_a_run_again_that_ended_before_it_saved(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    run.close()  # killed: its record still says running
+    opening = open_run(str(run.path), "auto", "mxfp8")
+    assert (opening.checkpoint, opening.goes_on) == (None, True)
+    opening.run.start(**START)
+    opening.run.finish({"steps": 1})
+    opening.run.close()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):  # nothing to do, nothing to lose
+        open_run(str(run.path), "auto", "mxfp8")
+
+
 def test_resume_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunDirectoryError, match=r"has no run\.json"):

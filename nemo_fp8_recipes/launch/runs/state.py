@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from nemo_fp8_recipes.errors import RunDirectoryError
 from nemo_fp8_recipes.launch.directory import LaunchDirectory, is_locked, read_record
-from nemo_fp8_recipes.launch.runs.checkpoints import newest_complete_step
 from nemo_fp8_recipes.launch.slurm.query import JobState, job_state
+from nemo_fp8_recipes.training.checkpoint.directory import newest_complete_step
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, LOCK_FILE, METRICS_FILE, RUN_FILE
 
 __all__ = ["SCHEMA_VERSION", "Run", "State", "find_runs", "read_run_state"]
 
@@ -74,7 +75,7 @@ def find_runs(parent: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "run.json").exists() or LaunchDirectory(path).job_file.exists()
+    return (path / RUN_FILE).exists() or LaunchDirectory(path).job_file.exists()
 
 
 def read_run_state(path: Path) -> Run:
@@ -88,9 +89,9 @@ def read_run_state(path: Path) -> Run:
 def _read(path: Path) -> Run:
     launch = LaunchDirectory(path)
     job = launch.read_job()
-    record = read_record(path / "run.json")
-    checkpoint = newest_complete_step(path)
-    step, loss = _last_metrics(path / "metrics.jsonl")
+    record = read_record(path / RUN_FILE)
+    checkpoint = newest_complete_step(path / CHECKPOINTS)
+    step, loss = _last_metrics(path / METRICS_FILE)
     nodes = launch.nodes() if job is not None else []
     codes = [node["exit_code"] for node in nodes if node["attempt"] == (job or {}).get("attempt")]
     state, reason = _state(path, record, job, launch, codes)
@@ -129,7 +130,7 @@ def _state(
             return "queued", slurm.reason
         error = record.get("error") if record is not None else None
         return ("finished" if status == "finished" else "failed"), error
-    if is_locked(path / ".lock"):
+    if is_locked(path / LOCK_FILE):
         return "running", None
     slurm = _slurm(job)
     if slurm is not None and slurm.waits:

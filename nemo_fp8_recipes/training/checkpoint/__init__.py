@@ -5,13 +5,7 @@
         complete.json                                       written last: a directory without it is no
         checkpoint
 
-`directory` finds, verifies and prunes them; `state` says what is in one; `fp8_state` keeps the history and
-scales of delayed scaling, which Transformer Engine itself would pickle; `safe_load` restricts what loading
-may do."""
-
-from __future__ import annotations
-
-from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
-from nemo_fp8_recipes.training.checkpoint.directory import newest_checkpoint
-
-__all__ = ["Checkpointer", "Position", "newest_checkpoint", "verify"]
+`directory` finds, verifies and prunes them, without torch, and so is what launching looks at too;
+`checkpointer` saves and loads; `fp8_state` keeps the history and scales of delayed scaling, which Transformer
+Engine itself would pickle; `safe_load` restricts what loading may do. Nothing is imported here, so that
+`directory` can be without the rest."""

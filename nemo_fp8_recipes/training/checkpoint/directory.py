@@ -20,6 +20,7 @@ __all__ = [
     "digest_files",
     "find_damage",
     "newest_checkpoint",
+    "newest_complete_step",
     "prune",
     "read_marker",
     "require_intact",
@@ -55,8 +56,15 @@ def _steps(checkpoints: Path) -> dict[int, Path]:
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The complete checkpoint of the latest step; directories without a marker are saves that never ended."""
-    complete = {step: path for step, path in _steps(checkpoints).items() if (path / MARKER).is_file()}
-    return complete[max(complete)] if complete else None
+    step = newest_complete_step(checkpoints)
+    return _steps(checkpoints)[step] if step is not None else None
+
+
+def newest_complete_step(checkpoints: Path) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    return max(
+        (step for step, path in _steps(checkpoints).items() if (path / MARKER).is_file()), default=None
+    )
 
 
 def prune(checkpoints: Path, *, keep: int, newest: int) -> None:

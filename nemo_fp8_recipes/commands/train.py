@@ -1,4 +1,4 @@
-"""`nemo-fp8 train`: the reference Megatron-Core pre-training job."""
+"""`nemo-fp8 train`: a pre-training job, in the reference loop or through NeMo's or Bridge's trainer."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ groups:
   model=nemotron_tiny|nemotron3_4b|nemotron3_8b              model.num_layers, model.hidden_size, …
   data=stdlib_text|mock                                      data.path, data.seed, …
   training.steps=250                                         micro_batch_size, global_batch_size, seed, …
+  framework=megatron_core|nemo|bridge                        whose trainer runs the job
   optimizer.lr=2e-3                                          clip_grad, distributed_optimizer, …
   parallel.tp=1 parallel.pp=1 parallel.cp=1                  parallel.sequence=true
   hardware=auto|h100|b200|…                                  the GPU the job is for

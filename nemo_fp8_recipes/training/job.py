@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
 from nemo_fp8_recipes.start import start
+from nemo_fp8_recipes.training import frameworks
+from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout
 from nemo_fp8_recipes.training.primary_weights import check_primary_weights
 from nemo_fp8_recipes.training.settings import read_settings
@@ -35,24 +37,23 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         Fp8Error: whatever the user can put right; its subclass says what kind of thing it is.
     """
     settings = read_settings(config)
+    framework = frameworks.find(settings.framework)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(settings.model, settings.training, settings.parallel, processes)
     check_primary_weights(settings.recipe)
     job = start(config)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.
-    from nemo_fp8_recipes.training.session import Invocation, run_session
-
     invocation = Invocation(
         command=command,
         overrides=overrides,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
-        versions=installed_versions(),
+        versions=installed_versions(framework.distribution),
         device_label=job.device.label,
         emulated=job.device.emulated,
         notes=(*alias_notes(overrides), *_worth_saying(job.findings)),
     )
-    return run_session(settings, invocation)
+    return framework.load()(settings, invocation)
 
 
 def _worth_saying(findings: Iterable[Finding]) -> list[str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nemo_fp8_recipes.errors import ConfigError, nearest
 
 __all__ = [
     "GROUPS",
+    "FrameworkConfig",
     "HybridConfig",
     "MockConfig",
     "ModelConfig",
@@ -56,6 +57,13 @@ def _within(key: str, value: float, low: float, high: float) -> None:
         raise ConfigError(
             f"{key}={value} is out of range.", key=key, value=value, allowed=[f">= {low:g} and < {high:g}"]
         )
+
+
+@dataclass
+class FrameworkConfig:
+    """Whose trainer runs the job."""
+
+    name: Literal["megatron_core", "nemo", "bridge"] = "megatron_core"
 
 
 @dataclass
@@ -302,6 +310,7 @@ class TrainingConfig:
 
 # One schema a group; where the options of a group have different keys, one schema an option.
 GROUPS: dict[str, type[Any] | dict[str, type[Any]]] = {
+    "framework": FrameworkConfig,
     "model": ModelConfig,
     "data": {"stdlib_text": StdlibTextConfig, "mock": MockConfig},
     "optimizer": OptimizerConfig,

@@ -3,9 +3,8 @@ end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from nemo_fp8_recipes.training.distributed import (
 from nemo_fp8_recipes.training.files import atomic_write_json
 from nemo_fp8_recipes.training.forward import Forward
 from nemo_fp8_recipes.training.interruption import watch_signals
+from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
 from nemo_fp8_recipes.training.model import (
     build_gpt,
@@ -51,22 +51,7 @@ if TYPE_CHECKING:
 
     from nemo_fp8_recipes.telemetry.recorder import Recorder
 
-__all__ = ["Invocation", "run_session"]
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """How the job was started and where it runs, for its record."""
-
-    command: Sequence[str]
-    overrides: Sequence[str]
-    config_yaml: str
-    versions: Mapping[str, str | None]
-    device_label: str
-    """"emulated b200", or the name of the GPU."""
-    emulated: bool
-    notes: Sequence[str] = ()
-    """What the user should know before the first step: preflight's warnings, names that were translated."""
+__all__ = ["run_session"]
 
 
 def run_session(settings: Settings, invocation: Invocation) -> int:

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = frozenset({"optimizer.lr_decay_steps", "optimizer.lr_warmup_ste
 class Settings:
     """One job: what to train, on what, how, with which recipe."""
 
+    framework: str
     recipe: Recipe
     model: ModelConfig
     data: StdlibTextConfig | MockConfig
@@ -57,6 +58,7 @@ class Settings:
         identity = {
             f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()
         }
+        identity["framework"] = self.framework
         identity["data.name"] = self.data.name
         identity["data.fingerprint"] = data_fingerprint
         identity["processes"] = world_size
@@ -71,6 +73,7 @@ def read_settings(config: DictConfig) -> Settings:
         RecipeError: the recipe does not exist or cannot take its options.
     """
     return Settings(
+        framework=_typed("framework", config.framework).name,
         recipe=recipes.load(config.fp8_recipe),
         model=_typed("model", config.model),
         data=_typed("data", config.data),

@@ -12,10 +12,10 @@ __all__ = ["installed_versions"]
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Package name -> version; None for what is not installed under that name."""
+def installed_versions(*more: str) -> dict[str, str | None]:
+    """Package name -> version, `more` packages included; None for what is not installed under that name."""
     versions: dict[str, str | None] = {"nemo-fp8-recipes": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, *more)):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from nemo_fp8_recipes import config as configuration
 from nemo_fp8_recipes import emulation, preflight, recipes
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,11 +44,13 @@ class Start:
         recipe: the recipe of `config.fp8_recipe`.
         device: what it runs on; `device.label` belongs into every record.
         findings: what preflight found that does not stop the job.
+        schedule: which recipe each optimizer step trains with.
     """
 
     recipe: Recipe
     device: EmulatedDevice | NativeDevice
     findings: tuple[Finding, ...]
+    schedule: Schedule
 
 
 def start(
@@ -73,13 +76,14 @@ def start(
         ConfigError: a device is given beside a configuration that names one.
     """
     config, knows_model = _configuration(job, device, hardware)
-    recipe = recipes.load(config.fp8_recipe)
+    schedule = schedule_of(config)
+    recipe = schedule.main
     emulated = emulation.should_start(str(config.device), environ)
     findings = preflight.check_job(config, environ, emulated=emulated, knows_model=knows_model)
     preflight.require(findings)
     node: dict[str, Any] = OmegaConf.to_container(config.hardware, resolve=True)  # type: ignore[assignment]  # a group is a mapping
     if emulated:
-        node["name"] = preflight.posing_device(recipe, node["name"])
+        node["name"] = preflight.posing_device(recipe, node["name"], *schedule.recipes()[1:])
     in_place = emulation.switch(str(config.device), node, environ)
     if not emulated:
         # Only now is it known which GPU `hardware=auto` is.
@@ -88,7 +92,7 @@ def start(
         )
         findings = preflight.check_job(config, environ, emulated=False, found=found, knows_model=knows_model)
         preflight.require(findings)
-    return Start(recipe, in_place, tuple(findings))
+    return Start(recipe, in_place, tuple(findings), schedule)
 
 
 def _configuration(

@@ -24,12 +24,16 @@ from nemo_fp8_recipes.injection import (
     Manifest,
     check_config,
     check_model,
+    check_switchable,
     frozen_delayed_modules,
     gather,
     inject,
     manifest,
     require_quantized,
+    set_fields,
+    switch,
 )
+from nemo_fp8_recipes.recipes.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,16 +62,35 @@ class Fp8Run:
         recipe: what to train with; "bf16" runs through the same code and proves that nothing is quantised.
         telemetry: attaches telemetry to the built model and returns its recorder, which is closed when the
             run is left; None for no telemetry.
+        schedule: steps in which other recipes take `recipe`'s place, which must be its main one; None: none.
 
     Attributes:
+        recipe: the recipe in force.
         injection: what Megatron is given, while the run is entered.
-        manifest: after the first step what every module does: of the whole job on rank 0, of this rank
-            elsewhere.
+        manifest: what every module was last found doing: of the whole job on rank 0, of this rank elsewhere.
+        proven_at: the step after which the manifest was read: the first one, and the first one after every
+            change of the recipe.
         recorder: the telemetry recorder, once the model is built.
     """
 
-    def __init__(self, recipe: Recipe, telemetry: Callable[[Model], StepRecorder] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        telemetry: Callable[[Model], StepRecorder] | None = None,
+        *,
+        schedule: Schedule | None = None,
+    ) -> None:
+        if schedule is not None and schedule.main != recipe:
+            raise InjectionError(
+                f"The schedule is one of '{schedule.main.name}' and the run's recipe '{recipe.name}'.",
+                key="fp8_recipe",
+                value=recipe.name,
+                allowed=[schedule.main.name],
+            )
         self.recipe = recipe
+        self.schedule = schedule if schedule is not None else Schedule(recipe)
+        self.proven_at: int | None = None
+        self._scheduled = recipe
         self.injection: Injection | None = None
         self.manifest: Manifest | None = None
         self.recorder: StepRecorder | None = None
@@ -93,6 +116,8 @@ class Fp8Run:
             InjectionError: they do not say what the recipe says, or combine it with something that breaks it.
         """
         check_config(self.recipe, config)
+        if self.schedule.spans:
+            check_switchable(config, self.schedule.recipes())
         fp8_param = bool(getattr(self.recipe, "fp8_param", False))
         copied = getattr(optimizer_config, "fp8_recipe", None)
         expected = self.recipe.megatron().get("fp8_recipe")
@@ -114,37 +139,68 @@ class Fp8Run:
                 allowed=[fp8_param],
             )
 
-    def model_built(self, model: Model) -> None:
+    def model_built(self, model: Model, *, steps_done: int = 0) -> None:
         """Check the model, before its first step, and attach telemetry to it.
 
         Args:
             model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
+            steps_done: the optimizer steps behind the checkpoint that the model was loaded from.
 
         Raises:
-            InjectionError: the recipe cannot run in this model.
+            InjectionError: a recipe of the run cannot run in this model.
         """
-        self._require_entered()
-        check_model(model, self.recipe)
+        injection = self._require_entered()
+        for recipe in self.schedule.recipes():
+            check_model(model, recipe)
         self._model = model
+        if steps_done and (saved_with := self.schedule.at(steps_done)) != self.recipe:
+            # The scaling state that came with the checkpoint is of this recipe: nothing is reset.
+            set_fields(model, saved_with)
+            injection.use(saved_with)
+            self.recipe = self._scheduled = saved_with
         if self._telemetry is not None:
             self.recorder = self._telemetry(model)
             self._exit.callback(self.recorder.close)
 
     def begin_step(self, step: int) -> None:
-        """Call before the forward pass of a step; steps count from 1."""
+        """Call before the forward pass of a step; steps count from 1. Changes the recipe where the schedule
+        says so.
+        """
         self._require_entered()
+        if (scheduled := self.schedule.at(step)) != self._scheduled:
+            if scheduled != self.recipe:
+                self.switch(scheduled)
+            self._scheduled = scheduled
         if self.recorder is not None:
             self.recorder.begin_step(step)
 
-    def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Call after the optimizer's step; the first time on every rank, as the manifest is gathered then.
+    def switch(self, recipe: Recipe) -> None:
+        """Train with another recipe from the next step on; the manifest is read anew after it.
+
+        Call it between steps, on every rank. A schedule changes it again only where its own recipe changes.
 
         Raises:
-            InjectionError: after the first step, on every rank: the model does not do what the recipe says.
+            InjectionError: the model is tied to the recipe that it was built with.
+        """
+        injection = self._require_entered()
+        if self._model is None:
+            raise InjectionError("Fp8Run.model_built(model) must be called before the recipe can change.")
+        check_model(self._model, recipe)
+        switch(injection, self._model, recipe)
+        self.recipe = recipe
+        self.proven_at = None
+
+    def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Call after the optimizer's step, on every rank: after the first step with a recipe the manifest is
+        gathered.
+
+        Raises:
+            InjectionError: after that step, on every rank: the model does not do what the recipe says.
         """
         self._require_entered()
-        if self.manifest is None:
+        if self.proven_at is None:
             self._prove()
+            self.proven_at = step
         if self.recorder is not None:
             self.recorder.end_step(step, metrics)
 
@@ -171,9 +227,10 @@ class Fp8Run:
             raise InjectionError(problem, key="fp8_recipe", value=self.recipe.name)
         self.manifest = found if merged is None else merged
 
-    def _require_entered(self) -> None:
+    def _require_entered(self) -> Injection:
         if self.injection is None:
             raise InjectionError("Fp8Run is a context manager: use it as `with Fp8Run(recipe) as run:`.")
+        return self.injection
 
 
 def _first_problem(problem: str | None) -> str | None:

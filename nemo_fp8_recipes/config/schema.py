@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError, nearest
 from nemo_fp8_recipes.launch import schema as launch_schema
+from nemo_fp8_recipes.recipes.schedule import SpanConfig, read_schedule
 from nemo_fp8_recipes.targets import versions
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.training import schema as training_schema
@@ -112,6 +113,7 @@ class RootConfig:
 
     device: Literal["auto", "native", "emulated"] = "auto"
     run_dir: str | None = None
+    recipe_schedule: list[SpanConfig] = field(default_factory=list)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
     debug: bool = False
@@ -163,12 +165,14 @@ def validate(config: DictConfig) -> None:
         raise ConfigError(f"{key or 'A value'} cannot be resolved: {detail}.", key=key or None) from error
     assert isinstance(values, dict)
     root = {str(key): value for key, value in values.items()}
+    checked: dict[str, Any] = {}
     for group in ("fp8_recipe", *GROUPS):
         node = root.pop(group, None)
         if not isinstance(node, dict):
             raise ConfigError(f"{group} is missing.", key=group, hint=f"Choose one: {group}=choice.")
         if group == "fp8_recipe":
-            recipes.load(node)
+            recipe = recipes.load(node)
         else:
-            read(group, node)
-    typed.read(RootConfig, root, key="", error=ConfigError)
+            checked[group] = read(group, node)
+    rest = typed.read(RootConfig, root, key="", error=ConfigError)
+    read_schedule(rest.recipe_schedule, recipe, checked["training"].steps)

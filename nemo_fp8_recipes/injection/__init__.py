@@ -10,6 +10,7 @@ from nemo_fp8_recipes.injection.plain_te import autocast
 from nemo_fp8_recipes.injection.read_back import manifest
 from nemo_fp8_recipes.injection.rows import Difference, Manifest, ManifestRow, OperandRow
 from nemo_fp8_recipes.injection.state import frozen_delayed_modules, reset_quantization_state
+from nemo_fp8_recipes.injection.switch import check_switchable, set_fields, switch
 from nemo_fp8_recipes.injection.verify import Complaint, complaints, require_quantized
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "check_config",
     "check_kind",
     "check_model",
+    "check_switchable",
     "complaints",
     "frozen_delayed_modules",
     "gather",
@@ -31,4 +33,6 @@ __all__ = [
     "merge",
     "require_quantized",
     "reset_quantization_state",
+    "set_fields",
+    "switch",
 ]

@@ -36,15 +36,31 @@ class Injection:
 
     Attributes:
         recipe: the recipe injected.
-        te_object: the one Transformer Engine object handed out; None for bf16. Always the same object,
-            because Transformer Engine keys the delayed-scaling buffers by its repr.
+        te_object: the one Transformer Engine object handed out; None for bf16. The same object as long as the
+            recipe holds, because Transformer Engine keys the delayed-scaling buffers by its repr.
         calls: how often Megatron asked for it.
     """
 
     recipe: Recipe
-    te_object: Any
+    te_object: Any = field(init=False)
     calls: int = 0
     active: bool = field(default=True, repr=False)
+    _fields: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.use(self.recipe)
+
+    def use(self, recipe: Recipe) -> None:
+        """Hand out another recipe from now on; `switch` also changes what else has to change with it."""
+        self.te_object = None if recipe.precision == "bf16" else megatron_te_object(recipe)
+        self._fields = recipe.megatron()
+        self.recipe = recipe
+
+    def answer(self, config: Any) -> Any:
+        """What Megatron gets for a layer of this config; raises InjectionError where the two disagree."""
+        compare_kind(self._fields, config, self.recipe.name)
+        self.calls += 1
+        return self.te_object
 
 
 @contextmanager
@@ -71,8 +87,7 @@ def inject(recipe: Recipe, *, config: Any = None) -> Iterator[Injection]:
     seams = _seams()
     if config is not None:
         check_config(recipe, config)
-    te_object = None if recipe.precision == "bf16" else megatron_te_object(recipe)
-    injection = Injection(recipe, te_object)
+    injection = Injection(recipe)
     _activate(injection)
     replaced: list[tuple[ModuleType, str, Any, Any]] = []
     try:
@@ -90,18 +105,12 @@ def inject(recipe: Recipe, *, config: Any = None) -> Iterator[Injection]:
 
 def _replacement(injection: Injection, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The function Megatron calls instead of `original`; passes on to it once the injection is over."""
-    expected = injection.recipe.megatron()
-    name = injection.recipe.name
 
     def get_recipe(config: Any) -> Any:
-        if not injection.active:
-            return original(config)
-        compare_kind(expected, config, name)
-        injection.calls += 1
-        return injection.te_object
+        return injection.answer(config) if injection.active else original(config)
 
     get_recipe.__name__ = original.__name__
-    get_recipe.__doc__ = f"{original.__name__} of Megatron-Core, answered by the injected recipe '{name}'."
+    get_recipe.__doc__ = f"{original.__name__} of Megatron-Core, answered by the injected recipe."
     return get_recipe
 
 

@@ -73,8 +73,10 @@ def any_gemm_layout(capability: Capability) -> bool:
     return (10, 0) <= capability < (12, 0) or capability >= (13, 0)
 
 
-def posing_device(recipe: Recipe, hardware: str) -> str:
-    """The device emulation poses as: the one named; for auto an H100, or a B200 where Hopper will not do."""
+def posing_device(recipe: Recipe, hardware: str, *others: Recipe) -> str:
+    """The device emulation poses as: the one named; for auto an H100, or a B200 where Hopper will not do
+    for the job's recipe and the others of its schedule.
+    """
     if hardware != "auto":
         return hardware
-    return "h100" if runs_on(recipe.name, (9, 0)) else "b200"
+    return "h100" if all(runs_on(one.name, (9, 0)) for one in (recipe, *others)) else "b200"

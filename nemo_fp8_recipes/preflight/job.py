@@ -18,6 +18,7 @@ from nemo_fp8_recipes.preflight.hardware import posing_device
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.registry import all_rules
 from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel
+from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.targets import transformer_engine, versions
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ def check_job(
     if found is not None and job.hardware.capability is None:
         job = dataclasses.replace(job, hardware=found)
     findings = check(job)
+    for other in schedule_of(config).recipes()[1:]:
+        findings += [
+            dataclasses.replace(finding, message=f"In recipe_schedule, {other.name}: {finding.message}")
+            for finding in check(dataclasses.replace(job, recipe=other))
+            if finding not in findings
+        ]
     return worst_first(_lighter(finding) if finding.code in ignored else finding for finding in findings)
 
 
@@ -112,7 +119,7 @@ def job_input(
     parallel = values["parallel"]
     return PreflightInput(
         recipe=recipe,
-        hardware=_hardware(values["hardware"], recipe, emulated),
+        hardware=_hardware(values["hardware"], schedule_of(config), emulated),
         model=ModelShape(
             **{key: model[key] for key in _SHAPE_KEYS},
             micro_batch_size=values["training"]["micro_batch_size"],
@@ -143,10 +150,11 @@ def named_hardware(name: str) -> Hardware:
     return _as_hardware(dataclasses.asdict(config.load_hardware(name)))
 
 
-def _hardware(node: Mapping[str, Any], recipe: recipes.Recipe, emulated: bool) -> Hardware:
+def _hardware(node: Mapping[str, Any], schedule: Schedule, emulated: bool) -> Hardware:
     """The device named; for auto the one that emulation poses as, or an unknown one."""
     if node["name"] == "auto" and emulated:
-        return named_hardware(posing_device(recipe, "auto"))
+        main, *others = schedule.recipes()
+        return named_hardware(posing_device(main, "auto", *others))
     return _as_hardware(node)
 
 

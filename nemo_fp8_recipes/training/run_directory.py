@@ -34,6 +34,7 @@ DEFAULT_PARENT = Path("runs")
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "manifest.json"
+MANIFESTS = "manifests"  # under a schedule: a file for every step after which the manifest was read
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 LAUNCH_DIRECTORY = ".launch"

@@ -40,6 +40,7 @@ from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import (
     CHECKPOINTS,
     MANIFEST_FILE,
+    MANIFESTS,
     METRICS_FILE,
     RunDirectory,
 )
@@ -98,12 +99,12 @@ class _Session:
         settings = self.settings
         with (
             watch_signals() as interruption,
-            Fp8Run(settings.recipe, telemetry=self._telemetry(path)) as fp8_run,
+            Fp8Run(settings.recipe, telemetry=self._telemetry(path), schedule=settings.schedule) as fp8_run,
         ):
             trainer = self._build(dataset, path, job, fp8_run)
             start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
             self._start_record(path, start, resumed=goes_on)
-            fp8_run.model_built(trainer.model)
+            fp8_run.model_built(trainer.model, steps_done=start.step)
             if self.recorder is not None and goes_on:
                 self.recorder.truncate_after(start.step)
             self._show_banner(trainer, dataset, path, start)
@@ -176,7 +177,7 @@ class _Session:
             model=gpt,
             optimizer=optimizer,
             scheduler=scheduler,
-            recipe=settings.recipe,
+            schedule=settings.schedule,
             device=self.device,
             job=job,
             versions=dict(self.invocation.versions),
@@ -188,9 +189,14 @@ class _Session:
             if self.is_first_rank:
                 log.append(step.metrics())
 
-        def write_manifest() -> None:
-            if self.is_first_rank and fp8_run.manifest is not None:
-                atomic_write_json(path / MANIFEST_FILE, fp8_run.manifest.to_dict())
+        def write_manifest(step: int) -> None:
+            if not self.is_first_rank or fp8_run.manifest is None:
+                return
+            document = fp8_run.manifest.to_dict()
+            if settings.schedule.spans:
+                (path / MANIFESTS).mkdir(exist_ok=True)
+                atomic_write_json(path / MANIFESTS / f"step_{step:08d}.json", document)
+            atomic_write_json(path / MANIFEST_FILE, document)
 
         return Trainer(
             settings=training,
@@ -201,7 +207,7 @@ class _Session:
             fp8_run=fp8_run,
             checkpointer=checkpointer,
             log=write_metrics,
-            after_first_step=write_manifest,
+            proven=write_manifest,
             before_save=lambda: self.recorder.flush() if self.recorder is not None else None,
         )
 
@@ -230,7 +236,7 @@ class _Session:
         versions = self.invocation.versions
         model, plan = settings.model, trainer.forward.plan
         rows = {
-            "recipe": settings.recipe.name,
+            "recipe": str(settings.schedule),
             "device": self.invocation.device_label,
             "model": f"{model.display_name}: {model.num_layers} layers, hidden {model.hidden_size}, "
             f"{model.num_attention_heads} heads, {parameters / 1e6:,.1f} M parameters",

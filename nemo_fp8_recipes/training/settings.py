@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fp8_recipes import recipes, typed
+from nemo_fp8_recipes import typed
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
 from nemo_fp8_recipes.training.layout import ParallelSizes
@@ -34,6 +35,7 @@ class Settings:
 
     framework: str
     recipe: Recipe
+    schedule: Schedule
     model: ModelConfig
     data: StdlibTextConfig | MockConfig
     optimizer: OptimizerConfig
@@ -72,9 +74,11 @@ def read_settings(config: DictConfig) -> Settings:
         ConfigError: a value has the wrong type or cannot work; names its key.
         RecipeError: the recipe does not exist or cannot take its options.
     """
+    schedule = schedule_of(config)
     return Settings(
         framework=_typed("framework", config.framework).name,
-        recipe=recipes.load(config.fp8_recipe),
+        recipe=schedule.main,
+        schedule=schedule,
         model=_typed("model", config.model),
         data=_typed("data", config.data),
         optimizer=_typed("optimizer", config.optimizer),

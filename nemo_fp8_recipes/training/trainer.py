@@ -70,8 +70,8 @@ class Trainer:
     checkpointer: Checkpointer
     log: Callable[[Step], None]
     """Called on every rank after each `log_every`-th step, the first and the last."""
-    after_first_step: Callable[[], None]
-    """Called on every rank once the manifest has been read back."""
+    proven: Callable[[int], None]
+    """Called on every rank with the step after which the manifest was read back: a recipe's first one."""
     before_save: Callable[[], None]
     """Called on every rank before a checkpoint, so that what was logged up to it is on disk too."""
 
@@ -92,8 +92,8 @@ class Trainer:
             line.update(step.step, step.loss, step.step_time_ms)
             if step.step % self.settings.log_every == 0 or step.step in (1, last):
                 self.log(step)
-            if position.step == start.step + 1:
-                self.after_first_step()
+            if self.fp8_run.proven_at == position.step:
+                self.proven(position.step)
             if self._save_due(position.step):
                 self._save(position)
                 saved = position.step

@@ -285,3 +285,13 @@ def test_cuda_as_torchs_version_says(torch, cuda):
     from nemo_fp8_recipes.preflight.job import _cuda_version
 
     assert _cuda_version(torch) == cuda
+
+
+def test_every_recipe_of_a_schedule_is_checked():
+    spans = "recipe_schedule=[{recipe: mxfp8, from_step: 50%}]"
+    composed = config.compose(["fp8_recipe=blockwise", "hardware=h100", spans])
+    (finding,) = preflight.check_job(composed, {}, emulated=False, runs_here=False)
+    assert finding.severity == "error"
+    assert finding.message.startswith("In recipe_schedule, mxfp8: ")
+    composed = config.compose(["fp8_recipe=blockwise", "hardware=auto", spans])
+    assert preflight.job_input(composed, {}, emulated=True).hardware.name == "b200"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from nemo_fp8_recipes.errors import CheckpointError
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.schedule import Schedule
 from nemo_fp8_recipes.training.checkpoint import directory as directories
 from nemo_fp8_recipes.training.checkpoint import fp8_state, random_state, safe_load
 from nemo_fp8_recipes.training.distributed import agree
@@ -73,7 +75,7 @@ class Checkpointer:
     model: GPTModel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    recipe: Recipe
+    schedule: Schedule
     device: torch.device
     job: dict[str, Any]
     versions: dict[str, str | None]
@@ -96,6 +98,7 @@ class Checkpointer:
             "step": position.step,
             "consumed": position.consumed,
             "scheduler": self.scheduler.state_dict(),
+            "recipe": json.dumps(self.schedule.at(position.step).to_dict()),
         }
         try:
             dist_checkpointing.save(
@@ -167,8 +170,9 @@ class Checkpointer:
 
     def _put(self, state: dict[str, Any]) -> None:
         own = state["rank"]
+        recipe = self._saved_with(state["common"])
         # Before the weights: loading FP8 weights quantises, with the scales that must be in place by then.
-        fp8_state.restore(self.model, self.recipe, own["fp8_state"])
+        fp8_state.restore(self.model, recipe, own["fp8_state"])
         empty = {
             key: torch.empty(0, dtype=torch.uint8)
             for key in self.model.state_dict()
@@ -178,8 +182,23 @@ class Checkpointer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["common"]["scheduler"])
         # After them: quantising the loaded FP8 weights has added to the live amax.
-        fp8_state.restore(self.model, self.recipe, own["fp8_state"])
+        fp8_state.restore(self.model, recipe, own["fp8_state"])
         random_state.restore(own["random_state"], self.device)
+
+    def _saved_with(self, common: dict[str, Any]) -> Recipe:
+        """The recipe of the step that was saved: the schedule may change what comes, not what was."""
+        recipe = self.schedule.at(common["step"])
+        saved = common.get("recipe")  # checkpoints from before there were schedules have none
+        if saved is not None and saved != json.dumps(recipe.to_dict()):
+            name = json.loads(saved)["name"]
+            options = " with other options" if name == recipe.name else ""
+            raise CheckpointError(
+                f"Step {common['step']} was trained with the recipe {name}, and recipe_schedule now gives it "
+                f"{recipe.name}{options}.",
+                key="recipe_schedule",
+                hint="Change the recipe of later steps only.",
+            )
+        return recipe
 
     # -- both --------------------------------------------------------------------------------------------
 

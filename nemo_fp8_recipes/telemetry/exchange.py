@@ -6,7 +6,8 @@ module (another pipeline stage, an expert elsewhere) still takes part. Each rank
 places and leaves the others empty; one all-reduce with the maximum then gives every rank the whole.
 
 That the maximum also serves minima, means and NaN is a matter of encoding: an fp32 becomes the int32 of the
-same order, with NaN above +Inf; a minimum is stored complemented; a mean has a place for each rank. Integers
+same order, with NaN above +Inf; a minimum is stored complemented; a mean has a place for each rank, and every
+rank's own number counts once. Integers
 reduce the same way in NCCL and gloo, whose floating-point maxima differ on NaN.
 
 Place 0 says whether a rank read something the layout does not have yet. Then, and in the first logging step,
@@ -31,6 +32,7 @@ __all__ = ["Exchange", "InFlight", "decode", "encode"]
 
 _ABSENT = -(2**31)
 _NAN = 2**31 - 1
+_AVERAGES = ("mean", "rms")
 
 
 def encode(values: Tensor, minimum: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class _Layout:
         starts, place = {}, 1
         for spec in ordered:
             starts[spec] = place
-            place += world_size if spec.combine == "mean" else spec.length
+            place += world_size if spec.combine in _AVERAGES else spec.length
         return cls(ordered, starts, place)
 
 
@@ -173,11 +175,14 @@ class Exchange:
         found = {}
         for spec in layout.specs:
             start = layout.starts[spec]
-            if spec.combine == "mean":
+            if spec.combine in _AVERAGES:
                 here = slice(start, start + self._world_size)
-                present = values[here][places[here] != _ABSENT]
-                if present.size:
-                    found[spec] = np.asarray([present.astype(np.float64).mean()], dtype=np.float32)
+                present = values[here][places[here] != _ABSENT].astype(np.float64)
+                if present.size == 1:
+                    found[spec] = present.astype(np.float32)
+                elif present.size:
+                    mean = present.mean() if spec.combine == "mean" else np.sqrt(np.square(present).mean())
+                    found[spec] = np.asarray([mean], dtype=np.float32)
             elif places[start] != _ABSENT:
                 found[spec] = values[start : start + spec.length]
         return found
@@ -218,7 +223,7 @@ class Exchange:
             if start is None:
                 unknown = True
             else:
-                start += self._rank if spec.combine == "mean" else 0
+                start += self._rank if spec.combine in _AVERAGES else 0
                 places.append(np.arange(start, start + spec.length))
                 source.append(np.arange(position, position + spec.length))
                 minimum.append(np.full(spec.length, spec.combine == "min"))

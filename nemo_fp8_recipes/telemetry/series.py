@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["FP8_MAX", "STATS", "TENSORS", "Series", "Stat", "StepValues"]
+__all__ = ["FP8_MAX", "STATS", "TENSORS", "WHATIF", "Series", "Stat", "StepValues"]
 
 TENSORS = ("input", "weight", "grad_output")
 
@@ -38,6 +38,8 @@ class Stat:
     windowed: bool = False
 
 
+_BLOCK_SCALES = ("blockwise", "mxfp8", "nvfp4")
+
 STATS = {
     stat.name: stat
     for stat in (
@@ -50,13 +52,25 @@ STATS = {
         Stat("amax_history", ("delayed",), "window of amax values behind the next scale", windowed=True),
         Stat("scale", ("delayed", "tensorwise"), "factor the tensor was multiplied with before the cast"),
         Stat("scale_next", ("delayed",), "factor of the next cast, after the update"),
+        Stat("headroom", ("delayed",), "fp8_max / (amax x scale): below 1 the largest values are clipped"),
         Stat("scale_inv", ("tensorwise",), "inverse scale stored with the FP8 tensor"),
-        Stat("scale_inv_min", ("blockwise", "mxfp8"), "smallest inverse block scale"),
-        Stat("scale_inv_max", ("blockwise", "mxfp8"), "largest inverse block scale"),
-        Stat("scale_inv_mean", ("blockwise", "mxfp8"), "mean inverse block scale"),
-        Stat("blocks", ("blockwise", "mxfp8"), "blocks of one quantised tensor on one rank"),
+        Stat("scale_inv_min", _BLOCK_SCALES, "smallest inverse block scale"),
+        Stat("scale_inv_max", _BLOCK_SCALES, "largest inverse block scale"),
+        Stat("scale_inv_mean", _BLOCK_SCALES, "mean inverse block scale"),
+        Stat("scale_inv_std", _BLOCK_SCALES, "standard deviation of the inverse block scales"),
+        Stat("scale_inv_p01", _BLOCK_SCALES, "1st percentile of the inverse block scales"),
+        Stat("scale_inv_p50", _BLOCK_SCALES, "median inverse block scale"),
+        Stat("scale_inv_p99", _BLOCK_SCALES, "99th percentile of the inverse block scales"),
+        Stat("scale_inv_at_min", _BLOCK_SCALES, "fraction of blocks whose scale is the format's smallest"),
+        Stat("scale_inv_at_max", _BLOCK_SCALES, "fraction of blocks whose scale is the format's largest"),
+        Stat("blocks", _BLOCK_SCALES, "blocks of one quantised tensor on one rank"),
     )
 }
+
+WHATIF = "whatif"
+"""First part of the name of a statistic under a recipe that did not quantise the tensor,
+`whatif/<recipe>/<stat>`.
+"""
 
 
 @dataclass(frozen=True, order=True)
@@ -66,7 +80,7 @@ class Series:
     Attributes:
         module: module path in the whole model, "decoder.layers.0.mlp.linear_fc1".
         tensor: "input", "weight" or "grad_output".
-        stat: a key of `STATS`.
+        stat: a key of `STATS`, or `whatif/<recipe>/` and one.
         recipe: canonical name of the recipe that quantised the tensor.
         format: element format, "e4m3", "e5m2" or "e2m1".
     """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,24 @@ def read(reading: Reading | None) -> dict[str, float]:
     return {spec.name: float(value) for spec, value in zip(reading.specs, reading.values, strict=True)}
 
 
+def distribution(scale_inv: np.ndarray, *, exponents: bool = False) -> dict[str, Any]:
+    """What the probe shall read of these scales, by numpy; `exponents`: percentiles know no more of them."""
+    known = np.exp2(np.floor(np.log2(scale_inv))) if exponents else scale_inv
+    return {
+        "scale_inv_max": scale_inv.max(),
+        "scale_inv_min": scale_inv.min(),
+        "scale_inv_mean": pytest.approx(scale_inv.mean(), rel=1e-6),
+        "scale_inv_rms": pytest.approx(np.sqrt(np.square(scale_inv).mean()), rel=1e-6),
+        **{
+            f"scale_inv_p{percentile:02d}": np.percentile(known, percentile, method="inverted_cdf")
+            for percentile in (1, 50, 99)
+        },
+        "scale_inv_at_min": 0.0,
+        "scale_inv_at_max": 0.0,
+        "blocks": scale_inv.size,
+    }
+
+
 def padded(used: np.ndarray, rows: int, columns: int, fill: float) -> Tensor:
     full = np.full((rows, columns), fill, dtype=used.dtype)
     full[: used.shape[0], : used.shape[1]] = used
@@ -65,13 +85,7 @@ def test_mxfp8_statistics_leave_the_padding_out(m: int, k: int) -> None:
     stored, codes = mxfp8(m, k, 0)
     probe = BlockProbe(IndexCache(), "mxfp8")
     probe.quantised(Operand("m", "input"), Quantizer(), stored)
-    scale_inv = np.exp2(codes.astype(np.float64) - 127)
-    assert read(probe.end()) == {
-        "scale_inv_max": scale_inv.max(),
-        "scale_inv_min": scale_inv.min(),
-        "scale_inv_mean": pytest.approx(scale_inv.mean(), rel=1e-6),
-        "blocks": codes.size,
-    }
+    assert read(probe.end()) == distribution(np.exp2(codes.astype(np.float64) - 127))
 
 
 def test_blocks_of_zeros_do_not_count_for_minimum_and_mean() -> None:
@@ -92,11 +106,48 @@ def test_blockwise_layouts(dim: int, m: int, k: int) -> None:
     probe = BlockProbe(IndexCache(), "blockwise")
     stored = Stored(torch.zeros(m, k, dtype=torch.uint8), scale)
     probe.quantised(Operand("m", "weight"), Quantizer(block_scaling_dim=dim), stored)
+    assert read(probe.end()) == distribution(used.astype(np.float64), exponents=True)
+
+
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_nvfp4_scales_are_e4m3(swizzled: bool) -> None:
+    m, k = 128, 128
+    codes = np.random.default_rng(3).integers(0, 127, (m, k // 16)).astype(np.uint8)
+    scale = padded(codes, 128, 8, GARBAGE)
+    if swizzled:
+        scale = scale.reshape(4, 32, 2, 4).permute(2, 1, 0, 3).reshape(128, 8)
+    stored = Stored(torch.zeros(m, k // 2, dtype=torch.uint8), scale, _with_gemm_swizzled_scales=swizzled)
+    probe = BlockProbe(IndexCache(), "nvfp4")
+    probe.quantised(Operand("m", "input"), Quantizer(), stored)
+    values = codes.reshape(-1).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    wanted = distribution(values[values > 0])
+    wanted["scale_inv_at_min"] = pytest.approx((values == 0).mean(), rel=1e-6)
+    wanted["scale_inv_at_max"] = pytest.approx((values == 448).mean(), rel=1e-6)
+    wanted["blocks"] = codes.size
+    assert read(probe.end()) == wanted
+
+
+def test_both_ends_of_e8m0_are_counted_and_nan_shows_as_infinite() -> None:
+    codes = np.asarray([[0, 0, 254, 127]], dtype=np.uint8)
+    found = {}
+    for top in (254, 255):
+        codes[0, 2] = top
+        stored = Stored(torch.zeros(1, 128, dtype=torch.uint8), padded(codes, 128, 4, GARBAGE))
+        probe = BlockProbe(IndexCache(), "mxfp8")
+        probe.quantised(Operand("m", "input"), Quantizer(), stored)
+        found[top] = read(probe.end())
+        assert (found[top]["scale_inv_at_min"], found[top]["scale_inv_at_max"]) == (0.5, 0.25)
+    assert (found[254]["scale_inv_max"], found[255]["scale_inv_max"]) == (2.0**127, math.inf)
+    assert (found[255]["scale_inv_min"], found[255]["scale_inv_mean"]) == (1.0, math.inf)
+
+
+def test_a_tensor_of_zeros_has_no_scale_to_describe() -> None:
+    stored = Stored(torch.zeros(1, 128, dtype=torch.uint8), torch.zeros(128, 4, dtype=torch.uint8))
+    probe = BlockProbe(IndexCache(), "mxfp8")
+    probe.quantised(Operand("m", "input"), Quantizer(), stored)
     found = read(probe.end())
-    assert found["scale_inv_max"] == used.max()
-    assert found["scale_inv_min"] == used.min()
-    assert found["scale_inv_mean"] == pytest.approx(used.mean(), rel=1e-6)
-    assert found["blocks"] == used.size
+    assert (found.pop("scale_inv_at_min"), found.pop("blocks")) == (1.0, 4.0)
+    assert set(found.values()) == {0.0}
 
 
 def test_columnwise_scales_are_read_only_where_there_are_no_rowwise_ones() -> None:
@@ -199,7 +250,7 @@ def test_launches_do_not_grow_with_the_modules(shape: tuple[int, int]) -> None:
             probe.end()
         assert observing == 0
         counts[modules] = len(launches.names)
-    assert counts[2] == counts[200] < 60
+    assert counts[2] == counts[200] < 70
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Combine", "Probe", "Reading", "ReadingSpec", "element_format"]
 
-Combine = Literal["max", "min", "mean"]
+Combine = Literal["max", "min", "mean", "rms"]
 
 
 class ReadingSpec(NamedTuple):
@@ -20,12 +20,14 @@ class ReadingSpec(NamedTuple):
 
     Attributes:
         module, tensor: the operand.
-        name: of the raw reading; a probe's `derive` makes statistics of it.
+        name: of the raw reading; `derive` makes statistics of it.
         recipe: canonical recipe name.
-        format: element format, "e4m3" or "e5m2".
-        combine: over ranks; "max" and "min" let NaN win, "mean" is over the ranks that have the operand.
+        format: element format, "e4m3", "e5m2" or "e2m1".
+        combine: over ranks; "max" and "min" let NaN win, "mean" and "rms" (root of the mean square) are over
+            the ranks that have the operand.
         length: numbers in the reading; 1, or the length of a window.
         power_of_two: block and tensorwise scales are rounded to powers of two.
+        whatif: the tensor was not quantised like this: it is what this recipe would have done to it.
     """
 
     module: str
@@ -36,6 +38,7 @@ class ReadingSpec(NamedTuple):
     combine: Combine
     length: int = 1
     power_of_two: bool = False
+    whatif: bool = False
 
 
 class Reading(NamedTuple):
@@ -72,5 +75,5 @@ class Probe:
 
 
 def element_format(quantizer: Any) -> str:
-    """ "e4m3" or "e5m2" of a Transformer Engine quantizer."""
+    """ "e4m3", "e5m2" or "e2m1" of a Transformer Engine quantizer."""
     return format_of(quantizer.dtype)

@@ -1,6 +1,6 @@
-"""Block scaling (blockwise, MXFP8): the distribution of a tensor's block scales.
+"""Block scaling (blockwise, MXFP8, NVFP4): the distribution of a tensor's block scales.
 
-Layouts, from `Float8BlockQuantizer.get_scale_shape`, `MXFP8Quantizer.get_scale_shape` and
+Layouts, from `get_scale_shape` of `Float8BlockQuantizer`, `MXFP8Quantizer` and `NVFP4Quantizer` and from
 `common/swizzle/swizzle.cu`:
 
     blockwise 1D rowwise      fp32 (ceil(K/128), M padded to 4)
@@ -9,9 +9,11 @@ Layouts, from `Float8BlockQuantizer.get_scale_shape`, `MXFP8Quantizer.get_scale_
     blockwise 2D columnwise   fp32 (ceil(K/128), ceil(M/128) padded to 4)
     mxfp8 rowwise             E8M0 (M padded to 128, ceil(K/32) padded to 4)
     mxfp8 columnwise          E8M0 (ceil(M/32) padded to 4, K padded to 128)
+    nvfp4 rowwise             E4M3 (M padded to 128, ceil(K/16) padded to 4), also of 16x16 blocks
+    nvfp4 columnwise          E4M3 (K padded to 128, ceil(M/16) padded to 4)
 
-The padding holds whatever was in memory, so it is left out by index. MXFP8 scales that were made for the GEMM
-lie in tiles of 128 x 4 (columnwise: of the transposed array), and the index follows them there.
+The padding holds whatever was in memory, so it is left out by index. Scales that were made for the GEMM lie
+in tiles of 128 x 4 (mxfp8 columnwise: of the transposed array), and the index follows them there.
 """
 
 from __future__ import annotations
@@ -26,12 +28,19 @@ from torch import Tensor
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import Combine, Probe, Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+from nemo_fp8_recipes.telemetry.probes.scale_codes import (
+    E4M3_SCALES,
+    E8M0_SCALES,
+    FP32_SCALES,
+    PERCENTILES,
+    histogram,
+)
 
 __all__ = ["BlockProbe", "unpadded_positions"]
 
 _CHUNK_BLOCKS = 1 << 23
-"""Scales that may wait for their reduction; more than that are reduced before the
-step ends (64 MiB of fp64).
+"""Scales that may wait for their reduction; more than that are reduced before the step ends (128 MiB of
+indices).
 """
 
 _INDEXED_BLOCKS = 1 << 16
@@ -39,12 +48,18 @@ _INDEXED_BLOCKS = 1 << 16
 sliced out alone: one kernel more, but no index of its size.
 """
 
+_FORMATS = {"blockwise": FP32_SCALES, "mxfp8": E8M0_SCALES, "nvfp4": E4M3_SCALES}
+
 _STATS: tuple[tuple[str, Combine], ...] = (
-    ("scale_inv_max", "max"),
-    ("scale_inv_min", "min"),
-    ("scale_inv_mean", "mean"),
-    ("blocks", "max"),
+    ("max", "max"),
+    ("min", "min"),
+    ("mean", "mean"),
+    ("rms", "rms"),
+    *((f"p{percentile:02d}", "min" if percentile < 50 else "max") for percentile in PERCENTILES),
+    ("at_min", "max"),
+    ("at_max", "max"),
 )
+"""What is read of the scales, `scale_inv_<name>`, and how ranks combine it."""
 
 
 class _Scales(NamedTuple):
@@ -66,16 +81,17 @@ class _Scales(NamedTuple):
 
 
 class BlockProbe(Probe):
-    """Minimum, maximum and mean of each operand's block scales over blocks and micro-batches.
+    """The distribution of each operand's block scales over blocks and micro-batches.
 
     The rowwise scales are read, which fprop and dgrad use; the columnwise ones only for a tensor that was
-    never quantised rowwise in the step. Blocks of zeros have the scale code 0 in MXFP8 and are left out of
-    minimum and mean.
+    never quantised rowwise in the step. Blocks of zeros have the scale code 0 in MXFP8 and NVFP4, and count
+    for `scale_inv_at_min` only.
     """
 
     def __init__(self, indices: IndexCache, recipe: str) -> None:
         self._indices = indices
         self._recipe = recipe
+        self._format = _FORMATS[recipe]
         self.begin()
 
     def begin(self) -> None:
@@ -83,6 +99,7 @@ class BlockProbe(Probe):
         self._operands: list[tuple[Operand, bool, str, bool]] = []
         self._waiting: list[_Scales] = []
         self._waiting_blocks = 0
+        self._counts: list[Tensor] = []
         self._rows: list[Tensor] = []
         self._row_slots: list[int] = []
         self._blocks: dict[int, int] = {}
@@ -116,47 +133,59 @@ class BlockProbe(Probe):
 
     def end(self) -> Reading | None:
         self.settle()
-        if not self._rows:
+        if not self._counts:
             return None
-        rows = torch.cat(self._rows)  # (tensors, 4): maximum, minimum, sum, blocks that are not zero
-        slots = self._indices.on(rows.device, self._row_slots)
+        size = len(self._operands)
+        counts = self._counts[-1]
+        for earlier in self._counts[:-1]:  # more operands were known at the later ones
+            counts[: earlier.shape[0]] += earlier
+        read = self._format.distribution(counts, self._indices)
+        if self._rows:
+            read.update(self._exact(size))
         kept = [
             slot
             for slot, (operand, rowwise, _, _) in enumerate(self._operands)
             if rowwise or (operand, True) not in self._slots
         ]
-        size = len(self._operands)
-        largest = rows.new_full((size,), -torch.inf).scatter_reduce_(0, slots, rows[:, 0], "amax")
-        smallest = rows.new_full((size,), torch.inf).scatter_reduce_(0, slots, rows[:, 1], "amin")
-        total = rows.new_zeros((size, 2)).index_add_(0, slots, rows[:, 2:])
-        blocks = self._indices.on(rows.device, [self._blocks[slot] for slot in range(size)])
-        # A tensor of zeros has no block to take minimum and mean of: both are 0, like its maximum.
-        nonzero = total[:, 1] > 0
-        table = torch.stack(
-            [
-                largest,
-                torch.where(nonzero, smallest, 0.0),
-                torch.where(nonzero, total[:, 0] / total[:, 1], 0.0),
-                blocks.to(rows.dtype),
-            ]
+        blocks = self._indices.on(counts.device, [self._blocks[slot] for slot in range(size)])
+        table = torch.stack([*(read[name] for name, _ in _STATS), blocks.to(torch.float64)])
+        values = table.index_select(1, self._indices.on(table.device, kept)).reshape(-1).to(torch.float32)
+        named: tuple[tuple[str, Combine], ...] = (
+            *((f"scale_inv_{name}", combine) for name, combine in _STATS),
+            ("blocks", "max"),
         )
-        values = table.index_select(1, self._indices.on(rows.device, kept)).reshape(-1).to(torch.float32)
         specs = tuple(
             ReadingSpec(
                 operand.module, operand.tensor, name, self._recipe, fmt, combine, power_of_two=power_of_two
             )
-            for name, combine in _STATS
+            for name, combine in named
             for operand, _, fmt, power_of_two in (self._operands[slot] for slot in kept)
         )
         self.begin()
         return Reading(specs, values)
+
+    def _exact(self, size: int) -> dict[str, Tensor]:
+        """What fp32 scales have beyond their exponents, for they need not be powers of two; fp64 (size,)."""
+        rows = torch.cat(self._rows)  # (tensors, 5): maximum, minimum, sum, sum of squares, number
+        slots = self._indices.on(rows.device, self._row_slots)
+        largest = rows.new_full((size,), -torch.inf).scatter_reduce_(0, slots, rows[:, 0], "amax")
+        smallest = rows.new_full((size,), torch.inf).scatter_reduce_(0, slots, rows[:, 1], "amin")
+        sums = rows.new_zeros((size, 3)).index_add_(0, slots, rows[:, 2:])
+        mean = sums[:, :2] / sums[:, 2:]
+        return {"max": largest, "min": smallest, "mean": mean[:, 0], "rms": mean[:, 1].sqrt()}
 
     def _grid(
         self, quantizer: Any, tensor: Any, scale: Tensor, rowwise: bool
     ) -> tuple[int, int, int, int, str]:
         """Scales in use and allocated, from the shape of the data."""
         swizzle = ""
-        if self._recipe == "mxfp8":
+        if self._recipe == "nvfp4":
+            # Two codes a byte; columnwise data is stored transposed, so the same rule serves both directions.
+            data = tensor._rowwise_data if rowwise else tensor._columnwise_data
+            used = (data.numel() // data.shape[-1], -(-data.shape[-1] // 8))
+            if getattr(tensor, "_with_gemm_swizzled_scales", False):
+                swizzle = "rowwise"
+        elif self._recipe == "mxfp8":
             data = tensor._rowwise_data if rowwise else tensor._columnwise_data
             leading, last = data.numel() // data.shape[-1], data.shape[-1]
             used = (leading, -(-last // 32)) if rowwise else (-(-leading // 32), last)
@@ -174,34 +203,29 @@ class BlockProbe(Probe):
         return (*used, scale.shape[0], scale.shape[1], swizzle)
 
     def _reduce(self) -> None:
-        """Maximum, minimum, sum and count of every waiting tensor, in one pass over all of them."""
+        """Counts of the scales of every waiting tensor, in one pass over all of them."""
         waiting, self._waiting, self._waiting_blocks = self._waiting, [], 0
         flat = torch.cat([scales.flat for scales in waiting])
         if any(scales.flat.numel() != scales.blocks for scales in waiting):
             flat = flat.index_select(0, self._indices.on(flat.device, _positions(waiting)))
-        if flat.dtype == torch.uint8:
-            # E8M0 is the exponent field of an fp32: code e is 2^(e - 127), 0 stays 0 and 255 (NaN) reads as
-            # Inf.
-            flat = flat.to(torch.int32).bitwise_left_shift(23).view(torch.float32)
-        lengths = self._indices.on(flat.device, [scales.blocks for scales in waiting])
+        lengths, slots = [scales.blocks for scales in waiting], [scales.slot for scales in waiting]
+        if flat.dtype == torch.float32:
+            self._reduce_exactly(flat, lengths, slots)
+            codes = flat.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
+        else:
+            codes = flat.to(torch.int32)
+        self._counts.append(histogram(codes, lengths, slots, len(self._operands), self._indices))
+
+    def _reduce_exactly(self, flat: Tensor, lengths: list[int], slots: list[int]) -> None:
+        """Maximum, minimum, sum, sum of squares and number of the fp32 scales of each waiting tensor."""
         exact = flat.to(torch.float64)
-        zero = exact == 0
-        columns = (
-            ("max", exact),
-            ("min", torch.where(zero, torch.inf, exact)),
-            ("sum", exact),
-            ("sum", torch.logical_not(zero).to(torch.float64)),
-        )
-        self._rows.append(
-            torch.stack(
-                [
-                    torch.segment_reduce(data, reduce, lengths=lengths, unsafe=True)
-                    for reduce, data in columns
-                ],
-                dim=1,
-            )
-        )
-        self._row_slots.extend(scales.slot for scales in waiting)
+        index = self._indices.on(flat.device, lengths)
+        columns = [
+            torch.segment_reduce(data, reduce, lengths=index, unsafe=True)
+            for reduce, data in (("max", exact), ("min", exact), ("sum", exact), ("sum", exact.square()))
+        ]
+        self._rows.append(torch.stack([*columns, index.to(torch.float64)], dim=1))
+        self._row_slots.extend(slots)
 
 
 def _positions(waiting: list[_Scales]) -> np.ndarray:

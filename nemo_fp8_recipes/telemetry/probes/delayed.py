@@ -43,6 +43,8 @@ class _Buffers:
         last: reduced amax of the last update in which it was not zero.
         scale: the scale in force before that update: what the tensor was cast with.
         oldest: the history entry that that update dropped.
+        peak: largest amax x scale of the step's updates: what the largest element became before it was
+            clipped at fp8_max.
     """
 
     def __init__(self, histories: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
@@ -52,15 +54,18 @@ class _Buffers:
         self.last: Tensor
         self.scale: Tensor
         self.oldest: Tensor
+        self.peak: Tensor
 
     @property
     def length(self) -> int:
         return int(self.histories[0].shape[0])
 
     def update(self, amax: Tensor, scale: Tensor, oldest: Tensor) -> None:
+        peak = amax * scale
         if self.amax is None:
-            self.amax, self.last, self.scale, self.oldest = amax, amax, scale, oldest
+            self.amax, self.last, self.scale, self.oldest, self.peak = amax, amax, scale, oldest, peak
             return
+        self.peak = torch.maximum(self.peak, peak)
         # A weight is cast in the first micro-batch only: in the others its amax is 0 and its state stays.
         observed = amax != 0
         self.amax = torch.maximum(self.amax, amax)
@@ -164,6 +169,7 @@ class DelayedProbe(Probe):
             ("amax", "max", buffers.amax),
             ("scale", "min", buffers.scale),
             ("scale_next", "min", torch.cat(buffers.scales)),
+            ("peak", "max", buffers.peak),
         )
         for name, combine, vector in numbers:
             specs.extend(self._spec(linear, tensor, name, combine) for linear, tensor, _ in found)

@@ -1,4 +1,5 @@
-"""NVFP4: the amax that stays with the quantised tensor and from which its global scale is made.
+"""NVFP4: the amax that stays with the quantised tensor and from which its global scale is made, and the E4M3
+scales of its blocks.
 
 `_amax_rowwise`, fp32 (1,), or one a row with row scaling
 (`transformer_engine/pytorch/tensor/storage/nvfp4_tensor_storage.py`). A tensor that has columnwise data only
@@ -9,8 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nemo_fp8_recipes.telemetry.linears import Operand
-from nemo_fp8_recipes.telemetry.probes.base import ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.blocks import BlockProbe
+from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.tensorwise import TensorwiseProbe
 
 if TYPE_CHECKING:
@@ -20,7 +25,32 @@ __all__ = ["Nvfp4Probe"]
 
 
 class Nvfp4Probe(TensorwiseProbe):
-    """Largest amax of each operand over the step's micro-batches."""
+    """Largest amax of each operand over the step's micro-batches; distribution of its block scales."""
+
+    def __init__(self, indices: IndexCache) -> None:
+        self._blocks = BlockProbe(indices, "nvfp4")
+        super().__init__(indices)
+
+    def begin(self) -> None:
+        super().begin()
+        self._blocks.begin()
+
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
+        super().quantised(operand, quantizer, tensor)
+        self._blocks.quantised(operand, quantizer, tensor)
+
+    def settle(self) -> None:
+        super().settle()
+        self._blocks.settle()
+
+    def end(self) -> Reading | None:
+        readings = [reading for reading in (super().end(), self._blocks.end()) if reading is not None]
+        if not readings:
+            return None
+        return Reading(
+            tuple(spec for reading in readings for spec in reading.specs),
+            torch.cat([reading.values for reading in readings]),
+        )
 
     def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
         return ReadingSpec(operand.module, operand.tensor, "amax", "nvfp4", element_format(quantizer), "max")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from nemo_fp8_recipes.errors import ConfigError, nearest
 
-__all__ = ["take_flags"]
+__all__ = ["take_flags", "take_options"]
 
 
 def take_flags(arguments: Iterable[str], known: Iterable[str]) -> tuple[set[str], list[str]]:
@@ -32,3 +32,26 @@ def take_flags(arguments: Iterable[str], known: Iterable[str]) -> tuple[set[str]
                 hint=f"Did you mean '{close}'?" if close else None,
             )
     return flags, overrides
+
+
+def take_options(arguments: Iterable[str], known: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Options with a value, `--name VALUE` or `--name=VALUE`, and the arguments that are left.
+
+    Raises:
+        ConfigError: for one without a value.
+    """
+    known = set(known)
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name not in known:
+            rest.append(argument)
+            continue
+        if not equals:
+            value = next(remaining, "")
+        if not value:
+            raise ConfigError(f"{name} needs a value.", key=name)
+        found.setdefault(name, []).append(value)
+    return found, rest

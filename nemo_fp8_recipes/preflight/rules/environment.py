@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
-
-
-@dataclass(frozen=True)
-class _Variable:
-    """An environment variable that is the default of a recipe option in TE."""
-
-    option: str
-    recipes: tuple[str, ...]
-    flag: bool = True
-    """TE reads "1" as true and all else as false."""
-
-
-_DEFAULTS = {
-    "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES": _Variable("use_power_2_scales", ("tensorwise",)),
-    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": _Variable("use_f32_scales", ("blockwise",)),
-    "NVTE_NVFP4_DISABLE_RHT": _Variable("disable_rht", ("nvfp4",)),
-    "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": _Variable("disable_stochastic_rounding", ("nvfp4",)),
-    "NVTE_NVFP4_DISABLE_2D_QUANTIZATION": _Variable("disable_2d_quantization", ("nvfp4",)),
-    "NVTE_NVFP4_ROW_SCALED_ACTIVATION": _Variable("row_scaled_activation", ("nvfp4",)),
-    "NVTE_NVFP4_4OVER6": _Variable("nvfp4_4over6", ("nvfp4",), flag=False),
-    "NVTE_NVFP4_4OVER6_E4M3_USE_256": _Variable("nvfp4_4over6_e4m3_use_256", ("nvfp4",), flag=False),
-    "NVTE_NVFP4_4OVER6_ERR_MODE": _Variable("nvfp4_4over6_err_mode", ("nvfp4",), flag=False),
-    "NVTE_BACKWARD_OVERRIDE": _Variable(
-        "backward_override", ("delayed", "tensorwise", "mxfp8", "blockwise", "nvfp4"), flag=False
-    ),
-}
+from nemo_fp8_recipes.targets import te_environment
 
 
 @rule(
@@ -43,7 +17,7 @@ _DEFAULTS = {
     versions="transformer-engine >= 2.2",
 )
 def defaults_disagree(job: PreflightInput) -> Iterator[Problem]:
-    for name, variable in _DEFAULTS.items():
+    for name, variable in te_environment.VARIABLES.items():
         text = job.environment.get(name)
         if text is None or job.recipe.name not in variable.recipes:
             continue

@@ -54,6 +54,15 @@ def run(arguments: list[str]) -> int:
     flags, overrides = take_flags(rest, {"--json", "--hook", "--factory"})
     composed = config.compose(overrides)
     recipe = recipes.load(composed.fp8_recipe)
+    if composed.recipe_schedule:
+        raise ConfigError(
+            "recipe_schedule cannot be handed to Megatron-LM: it trains with one recipe from the first step "
+            "to the last.",
+            key="recipe_schedule",
+            value=list(composed.recipe_schedule),
+            hint="nemo-fp8 train takes a schedule; with Megatron-LM, resume with the flags of the other "
+            "recipe.",
+        )
     made = settings(recipe, route=_route(flags), experts=_has_experts(composed))
     modules = [ModuleRecipe.parse(text) for text in options.get("--module", ())]
     content = precision_config(recipe, modules)

@@ -79,6 +79,7 @@ def test_names_of_other_tools_are_said_what_they_became(capsys: pytest.CaptureFi
         (["--module", "*fc1=bf16"], "needs --precision-config"),
         (["--precision-config", "x.yaml"], "needs --module"),
         (["--module"], "needs a value"),
+        (["recipe_schedule=[{recipe: bf16, to_step: 5}]"], "one recipe from the first step"),
         (["--josn"], "Did you mean '--json'?"),
         (
             [

@@ -40,6 +40,7 @@ COMMANDS = (
     Command("show", "print what a recipe composes to: recipe, TE object, Megatron fields"),
     Command("doctor", "check recipe, hardware, shapes and versions before the job starts"),
     Command("args", "print Megatron-LM's flags and environment for a recipe"),
+    Command("data", "make the token files of data=megatron_indexed from text"),
     Command("launch", "start a job with torchrun or SLURM, the same command line on every node"),
     Command("runs", "list run directories: running, finished, failed and why, resumable"),
     Command("report", "show what a finished or running run logged"),

@@ -13,6 +13,7 @@ from nemo_fp8_recipes.launch import gpus
 from nemo_fp8_recipes.launch.claim import node_name
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.preflight.hardware import spelled
+from nemo_fp8_recipes.training.settings import read_settings
 
 __all__ = ["check_node", "check_plan"]
 
@@ -22,8 +23,10 @@ def check_plan(job: Job) -> None:
 
     Raises:
         PreflightError: the job would fail.
+        ConfigError: a value that the job needs is missing.
     """
     if job.payload.kind == "train":
+        read_settings(job.config)
         preflight.require(preflight.check_job(job.config, os.environ, emulated=job.emulated))
 
 

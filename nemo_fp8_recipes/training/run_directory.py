@@ -6,6 +6,7 @@
     metrics.jsonl            one line a logged step
     telemetry/ tensorboard/  amax, scale, histories
     checkpoints/step_XXXXXX/
+    .data_index/             which tokens make which sequence, of data=megatron_indexed
     .launch/                 how it was launched, logs of each rank (launch/directory.py)
 
 One process writes a directory at a time: it holds a lock on `.lock` that the kernel releases when it ends,
@@ -37,6 +38,7 @@ MANIFEST_FILE = "manifest.json"
 MANIFESTS = "manifests"  # under a schedule: a file for every step after which the manifest was read
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+DATA_INDEX = ".data_index"
 LAUNCH_DIRECTORY = ".launch"
 """What is there before a run starts begins with a dot, so that it does not count as another run's."""
 

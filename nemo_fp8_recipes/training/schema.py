@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nemo_fp8_recipes.errors import ConfigError, nearest
+from nemo_fp8_recipes.training.indexed_schema import MegatronIndexedConfig
 
 __all__ = [
     "GROUPS",
+    "DataConfig",
     "FrameworkConfig",
     "HybridConfig",
     "MockConfig",
@@ -308,11 +310,17 @@ class TrainingConfig:
             _at_least(f"training.{field}", getattr(self, field), 0)
 
 
+DataConfig = StdlibTextConfig | MockConfig | MegatronIndexedConfig
+
 # One schema a group; where the options of a group have different keys, one schema an option.
 GROUPS: dict[str, type[Any] | dict[str, type[Any]]] = {
     "framework": FrameworkConfig,
     "model": ModelConfig,
-    "data": {"stdlib_text": StdlibTextConfig, "mock": MockConfig},
+    "data": {
+        "stdlib_text": StdlibTextConfig,
+        "mock": MockConfig,
+        "megatron_indexed": MegatronIndexedConfig,
+    },
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
 }

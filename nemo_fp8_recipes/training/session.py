@@ -15,7 +15,7 @@ from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
-from nemo_fp8_recipes.training.data import BatchPlan, Dataset, build_dataset
+from nemo_fp8_recipes.training.data import BatchPlan, Dataset, Wanted, build_dataset
 from nemo_fp8_recipes.training.distributed import (
     agree,
     process_group,
@@ -87,6 +87,7 @@ class _Session:
             if checkpoint is not None:
                 verify(checkpoint, job)
             try:
+                dataset.prepare(path)
                 return self._train(dataset, path, checkpoint, job, goes_on=goes_on)
             except BaseException as error:
                 if self.run_dir is not None:
@@ -122,10 +123,14 @@ class _Session:
     # -- before the first step ---------------------------------------------------------------------------
 
     def _dataset(self) -> Dataset:
-        model = self.settings.model
+        model, training = self.settings.model, self.settings.training
+        wanted = Wanted(
+            train=training.steps * training.global_batch_size,
+            held_out=training.eval_batches * training.global_batch_size,
+        )
         dataset = together(
             lambda: build_dataset(
-                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size
+                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size, wanted=wanted
             )
         )
         same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})

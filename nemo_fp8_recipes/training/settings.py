@@ -13,13 +13,13 @@ from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
+from nemo_fp8_recipes.training.indexed_schema import MegatronIndexedConfig
 from nemo_fp8_recipes.training.layout import ParallelSizes
 from nemo_fp8_recipes.training.schema import (
     GROUPS,
-    MockConfig,
+    DataConfig,
     ModelConfig,
     OptimizerConfig,
-    StdlibTextConfig,
     TrainingConfig,
 )
 
@@ -37,7 +37,7 @@ class Settings:
     recipe: Recipe
     schedule: Schedule
     model: ModelConfig
-    data: StdlibTextConfig | MockConfig
+    data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     parallel: ParallelSizes
@@ -75,12 +75,15 @@ def read_settings(config: DictConfig) -> Settings:
         RecipeError: the recipe does not exist or cannot take its options.
     """
     schedule = schedule_of(config)
+    data = _typed("data", config.data)
+    if isinstance(data, MegatronIndexedConfig):
+        data.require_files()
     return Settings(
         framework=_typed("framework", config.framework).name,
         recipe=schedule.main,
         schedule=schedule,
         model=_typed("model", config.model),
-        data=_typed("data", config.data),
+        data=data,
         optimizer=_typed("optimizer", config.optimizer),
         training=_typed("training", config.training),
         parallel=_parallel(_plain(config.parallel)),

@@ -20,11 +20,10 @@ SMALL = (
     "model.num_attention_heads=4",
     "model.num_query_groups=2",
     "model.seq_length=32",
-    "data.max_bytes=400000",
-    "data.held_out_every=8",
     "training.eval_batches=0",
     "telemetry.log_every=1",
 )
+SMALL_DATA = ("data.max_bytes=400000", "data.held_out_every=8")  # of the default data
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -55,7 +54,8 @@ def command(*overrides: str, ranks: int = 1) -> list[str]:
     if ranks > 1:
         program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         program += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "nemo_fp8_recipes"]
-    return [*program, "train", *SMALL, *overrides]
+    data = () if any(word.startswith("data=") for word in overrides) else SMALL_DATA
+    return [*program, "train", *SMALL, *data, *overrides]
 
 
 def environment() -> dict[str, str]:

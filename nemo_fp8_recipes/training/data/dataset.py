@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dataset"]
+__all__ = ["Dataset", "InMemory", "Wanted"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many sequences the job takes from its first step to its last."""
+
+    train: int
+    held_out: int
 
 
 class Dataset(Protocol):
@@ -23,10 +33,22 @@ class Dataset(Protocol):
     description: str
     """One line for the banner."""
 
+    def prepare(self, run_dir: Path) -> None:
+        """Make what is kept on disk, in the run directory unless the configuration says elsewhere.
+        Collective; before the first sequence is taken."""
+        ...
+
     def train(self, number: int) -> torch.Tensor:
-        """Training sequence `number` (0, 1, 2, … without end): int64 [seq_length + 1]."""
+        """Training sequence `number` (0, 1, 2, … up to what is wanted): int64 [seq_length + 1]."""
         ...
 
     def held_out(self, number: int) -> torch.Tensor:
         """Sequence `number` of those never trained on: int64 [seq_length + 1]."""
         ...
+
+
+class InMemory:
+    """A dataset that keeps nothing on disk."""
+
+    def prepare(self, run_dir: Path) -> None:
+        del run_dir

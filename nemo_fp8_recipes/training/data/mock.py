@@ -7,12 +7,13 @@ import hashlib
 import torch
 
 from nemo_fp8_recipes.errors import DataError
+from nemo_fp8_recipes.training.data.dataset import InMemory
 from nemo_fp8_recipes.training.schema import MockConfig
 
 __all__ = ["MockDataset"]
 
 
-class MockDataset:
+class MockDataset(InMemory):
     """Each token determines the next one by a fixed random permutation; a share `noise` is random instead.
 
     A model that has learned the permutation reaches the entropy of the noise,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from nemo_fp8_recipes.errors import DataError
+from nemo_fp8_recipes.training.data.dataset import InMemory
 from nemo_fp8_recipes.training.schema import StdlibTextConfig
 
 __all__ = ["StdlibTextDataset"]
@@ -23,7 +24,7 @@ SKIPPED_DIRECTORIES = frozenset(
 )
 
 
-class StdlibTextDataset:
+class StdlibTextDataset(InMemory):
     """Sequences of bytes from `*.py` files, in a seeded order that is new in each epoch.
 
     Files are read in the order of their names; every `held_out_every`-th one is held out. The text of each

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-__all__ = ["E2M1_MAX", "decode_packed", "encode", "encode_stochastically", "pack"]
+__all__ = ["E2M1_MAX", "decode_packed", "encode", "encode_stochastically", "pack", "random_bits"]
 
 E2M1_MAX = 6.0
 
@@ -51,12 +51,17 @@ def encode_stochastically(scaled: Tensor, generator: torch.Generator | None = No
     Returns:
         uint8 of the same shape, as `encode` gives them.
     """
-    bits = torch.randint(0, 256, scaled.shape, dtype=torch.uint8, device=scaled.device, generator=generator)
+    bits = random_bits(scaled, generator)
     magnitude = scaled.detach().abs()
     jittered = bits.to(torch.float32).mul_(1.0 / 256.0).mul_(_step(magnitude)).add_(magnitude)
     # The jitter can carry across the end of a region of equal steps; the grid is that of the sum.
     step = _step(jittered)
     return _codes(_saturate(jittered.div_(step).floor_().mul_(step)), scaled)
+
+
+def random_bits(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The random bits that `encode_stochastically` draws for a tensor: uint8 of its shape."""
+    return torch.randint(0, 256, like.shape, dtype=torch.uint8, device=like.device, generator=generator)
 
 
 def decode_packed(packed: Tensor) -> Tensor:

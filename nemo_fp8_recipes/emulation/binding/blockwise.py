@@ -21,10 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
-from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d, transposed_shape
+from nemo_fp8_recipes.emulation.binding.storage import (
+    SOURCE,
+    Buffers,
+    BufferSpec,
+    allocate,
+    direction_of,
+    flat_2d,
+    transposed_shape,
+)
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.numerics import blockwise
 
@@ -99,9 +108,22 @@ class BlockScaling:
             "with MXFP8, which requires using power of two scaling factors.",
         )
         epsilon = float(quantizer.amax_epsilon)
-        specs = self.specs(quantizer, x.shape)
         matrix = x.view(flat_2d(x.shape))
-        buffers: Buffers = {}
+        compiled = kernels.for_tensor(x)
+        if compiled is not None:
+            buffers = allocate(self, quantizer, x.shape, x.device, zero_scales=True)
+            compiled.blockwise(
+                matrix,
+                fmt,
+                direction_of(buffers, "rowwise"),
+                direction_of(buffers, "columnwise"),
+                square=quantizer.block_scaling_dim == 2,
+                epsilon=epsilon,
+                power_of_two=power_of_two,
+            )
+            return buffers
+        specs = self.specs(quantizer, x.shape)
+        buffers = {}
         if quantizer.block_scaling_dim == 2:
             codes, scale_inv = blockwise.quantize_2d(matrix, fmt, epsilon=epsilon, power_of_two=power_of_two)
             if "_rowwise_data" in specs:

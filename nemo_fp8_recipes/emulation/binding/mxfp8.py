@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
-from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
+from nemo_fp8_recipes.emulation.binding.storage import (
+    SOURCE,
+    Buffers,
+    BufferSpec,
+    allocate,
+    direction_of,
+    flat_2d,
+)
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.numerics import mxfp8
 
@@ -115,9 +123,21 @@ class Mxfp8Scaling:
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
         fmt = fp8_format(quantizer.dtype)
-        specs = self.specs(quantizer, x.shape)
         matrix = x.view(flat_2d(x.shape))
-        buffers: Buffers = {}
+        compiled = kernels.for_tensor(x)
+        if compiled is not None:
+            buffers = allocate(self, quantizer, x.shape, x.device, zero_scales=True)
+            compiled.mxfp8(
+                matrix,
+                fmt,
+                direction_of(buffers, "rowwise"),
+                direction_of(buffers, "columnwise"),
+                square=bool(quantizer.with_2d_quantization),
+                swizzled=bool(quantizer.optimize_for_gemm),
+            )
+            return buffers
+        specs = self.specs(quantizer, x.shape)
+        buffers = {}
 
         def keep(direction: str, codes: Tensor, scale: Tensor) -> None:
             rows, columns = specs[f"_{direction}_scale_inv"][0]

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
 from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
-from nemo_fp8_recipes.numerics import amax, hadamard, nvfp4
+from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4
 
 __all__ = ["NVFP4", "Nvfp4Scaling", "scale_shape"]
 
@@ -167,10 +168,24 @@ class Nvfp4Scaling:
         swizzled: bool,
     ) -> None:
         """Quantise one direction: `matrix` along its rows, under the amax that is in `buffers`."""
+        stochastic = bool(quantizer.stochastic_rounding)
+        compiled = kernels.for_tensor(matrix)
+        if compiled is not None:
+            data_shape, _ = specs[f"_{direction}_data"]
+            packed = torch.empty(data_shape, dtype=torch.uint8)
+            padded = torch.zeros(specs[f"_{direction}_scale_inv"][0], dtype=torch.uint8)
+            compiled.nvfp4(
+                matrix,
+                buffers[f"_amax_{direction}"],
+                kernels.Quantized(packed, padded),
+                square=bool(quantizer.with_2d_quantization),
+                random=fp4.random_bits(matrix) if stochastic else None,
+            )
+            buffers[f"_{direction}_data"] = packed
+            buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded
+            return
         quantize = nvfp4.quantize_2d if quantizer.with_2d_quantization else nvfp4.quantize_1d
-        packed, scale = quantize(
-            matrix, buffers[f"_amax_{direction}"], stochastic=bool(quantizer.stochastic_rounding)
-        )
+        packed, scale = quantize(matrix, buffers[f"_amax_{direction}"], stochastic=stochastic)
         if quantizer.with_2d_quantization:
             scale = scale.repeat_interleave(BLOCK, dim=0)
         rows, columns = specs[f"_{direction}_scale_inv"][0]

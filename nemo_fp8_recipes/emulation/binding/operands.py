@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCK, BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
@@ -25,6 +26,7 @@ from nemo_fp8_recipes.numerics import nvfp4
 from nemo_fp8_recipes.numerics.blocks import dequantize_blocks
 from nemo_fp8_recipes.numerics.cast import decode
 from nemo_fp8_recipes.numerics.e8m0 import e8m0_to_fp32
+from nemo_fp8_recipes.numerics.formats import Fp8Format
 
 __all__ = ["NVFP4_SCALING", "PER_TENSOR", "Operand", "operand", "values"]
 
@@ -73,7 +75,11 @@ class Operand:
             return _per_tensor_codes(self.tensor, self.columnwise), self.tensor._scale_inv.detach()
         if self.scaling == NVFP4_SCALING:
             packed, scale, largest = _nvfp4_buffers(self.tensor, self.columnwise)
-            matrix = nvfp4.block_values(packed, scale)
+            compiled = kernels.for_codes(packed)
+            if compiled is not None and scale.stride(1) == 1:
+                matrix = compiled.decode_nvfp4(packed, scale)
+            else:
+                matrix = nvfp4.block_values(packed, scale)
             return matrix.t() if self.columnwise else matrix, largest
         return values(self.tensor, columnwise=self.columnwise), None
 
@@ -135,6 +141,15 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     if isinstance(tensor, classes.mxfp8_storage):
         codes = tensor._columnwise_data if columnwise else tensor._rowwise_data
         scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+        compiled = kernels.for_codes(codes)
+        if compiled is not None and scale.is_contiguous():
+            return compiled.decode_mxfp8(
+                codes.view(flat_2d(codes.shape)),
+                scale,
+                fmt,
+                columnwise=columnwise,
+                swizzled=bool(tensor._with_gemm_swizzled_scales),
+            )
         if tensor._with_gemm_swizzled_scales:
             scale = unswizzle(scale, columnwise=columnwise)
         m, k = flat_2d(codes.shape)
@@ -149,6 +164,10 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     else:
         codes = codes.reshape(flat_2d(codes.shape))
     m, k = codes.shape
+    compiled = kernels.for_codes(codes)
+    if compiled is not None and scale.is_contiguous():
+        matrix = compiled.decode_blockwise(codes, scale, fmt, square=bool(tensor._is_2D_scaled))
+        return matrix.t() if columnwise else matrix
     if tensor._is_2D_scaled:
         block, natural = (BLOCK, BLOCK), scale[:, : -(-k // BLOCK)]
     else:
@@ -187,5 +206,10 @@ def _per_tensor_codes(tensor: Any, columnwise: bool) -> Tensor:
     data, transpose = tensor._data, tensor._transpose
     if transpose is not None and not tensor._transpose_invalid and (columnwise or data is None):
         flat = transpose.reshape(transpose.shape[0] if transpose.dim() else 1, -1)
-        return decode(flat, fmt).t()
-    return decode(data.reshape(flat_2d(data.shape)), fmt)
+        return _decode(flat, fmt).t()
+    return _decode(data.reshape(flat_2d(data.shape)), fmt)
+
+
+def _decode(codes: Tensor, fmt: Fp8Format) -> Tensor:
+    compiled = kernels.for_codes(codes)
+    return decode(codes, fmt) if compiled is None else compiled.decode(codes, fmt)

@@ -7,24 +7,42 @@ the TN layout alone), `_scale_inv` fp32 (1,).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
-from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d, transposed_shape
+from nemo_fp8_recipes.emulation.binding.storage import (
+    SOURCE,
+    Buffers,
+    BufferSpec,
+    allocate,
+    flat_2d,
+    transposed_shape,
+)
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
-from nemo_fp8_recipes.numerics import delayed, tensorwise
+from nemo_fp8_recipes.numerics import tensorwise
 from nemo_fp8_recipes.numerics.scale import amax, reciprocal, scale_from_amax
 
-__all__ = ["CURRENT", "DELAYED", "CurrentScaling", "DelayedScaling"]
+__all__ = ["CURRENT", "DELAYED", "CurrentScaling", "DelayedScaling", "amax_of"]
 
 
-class _PerTensor:
+def amax_of(x: Tensor) -> Tensor:
+    """Largest magnitude, NaN ignored; fp32 ()."""
+    if x.is_contiguous():
+        compiled = kernels.for_tensor(x)
+        if compiled is not None:
+            return torch.tensor(compiled.amax(x))
+    return amax(x)
+
+
+class _PerTensor(ABC):
     attributes: tuple[str, ...] = ("_data", "_transpose", "_scale_inv")
 
     def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
@@ -81,31 +99,45 @@ class _PerTensor:
         tensor._fp8_dtype = te_classes().dtype.cast(quantizer.dtype)
         tensor._transpose_invalid = tensor._transpose is None
 
-    def _codes(self, quantizer: Any, codes: Tensor, scale_inv: Tensor) -> Buffers:
-        specs = self.specs(quantizer, codes.shape)
+    @abstractmethod
+    def encode(self, quantizer: Any, x: Tensor) -> Buffers: ...
+
+    def _cast(
+        self, quantizer: Any, x: Tensor, scale: Tensor, *, observe: bool
+    ) -> tuple[Buffers, Tensor | None]:
+        """Codes of x under a given scale, and with `observe` x's amax (1,)."""
+        specs = self.specs(quantizer, x.shape)
         if "_data" not in specs:
             # The cast-transpose kernel needs rowwise storage.
             raise NotImplementedError(
                 "Columnwise-only per-tensor FP8 quantization is not implemented; "
                 "the cast-transpose kernel requires rowwise output storage."
             )
-        buffers = {"_data": codes, "_scale_inv": scale_inv}
+        fmt = fp8_format(quantizer.dtype)
+        matrix = x.view(flat_2d(x.shape))
+        compiled = kernels.for_tensor(x)
+        if compiled is not None:
+            buffers = allocate(self, quantizer, x.shape, x.device)
+            transposed = buffers.get("_transpose")
+            largest = compiled.cast(matrix, fmt, scale.item(), buffers["_data"], transposed, observe=observe)
+            buffers["_scale_inv"] = reciprocal(scale.reshape(1))
+            return buffers, torch.tensor([largest]) if observe else None
+        codes = tensorwise.quantize(matrix, fmt, scale)
+        buffers = {"_data": codes.view(x.shape), "_scale_inv": reciprocal(scale.reshape(1))}
         if "_transpose" in specs:
-            matrix = codes.view(flat_2d(codes.shape))
-            buffers["_transpose"] = matrix.t().contiguous().view(specs["_transpose"][0])
-        return buffers
+            buffers["_transpose"] = codes.t().contiguous().view(specs["_transpose"][0])
+        return buffers, amax(x).reshape(1) if observe else None
 
 
 class DelayedScaling(_PerTensor):
     """`Float8Quantizer`: the scale is given; the amax goes by maximum into the live row of the history."""
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
-        fmt = fp8_format(quantizer.dtype)
-        quantized = delayed.quantize_delayed(x, fmt, quantizer.scale)
-        buffers = self._codes(quantizer, quantized.codes, quantized.scale_inv)
         live = quantizer.amax
-        if live.numel() > 0:  # an empty tensor is C++'s null pointer: the amax is not wanted
-            live.copy_(torch.maximum(live, quantized.amax.view(live.shape)))
+        # An empty tensor is C++'s null pointer: the amax is not wanted.
+        buffers, largest = self._cast(quantizer, x, quantizer.scale.detach(), observe=live.numel() > 0)
+        if largest is not None:
+            live.copy_(torch.maximum(live, largest.view(live.shape)))
         return buffers
 
 
@@ -116,7 +148,7 @@ class CurrentScaling(_PerTensor):
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
         fmt = fp8_format(quantizer.dtype)
-        largest = amax(x).reshape(1)
+        largest = amax_of(x).reshape(1)
         if quantizer.with_amax_reduction:
             group = quantizer._canonicalized_amax_reduction_group()
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -126,7 +158,8 @@ class CurrentScaling(_PerTensor):
             epsilon=float(quantizer.amax_epsilon),
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
-        return self._codes(quantizer, tensorwise.quantize(x, fmt, scale), reciprocal(scale))
+        buffers, _ = self._cast(quantizer, x, scale, observe=False)
+        return buffers
 
 
 DELAYED = DelayedScaling()

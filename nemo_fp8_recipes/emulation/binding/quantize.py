@@ -20,11 +20,10 @@ from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import element_format, torch_dtype
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
-from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED
+from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax_of
 from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.emulation.trace import QuantizeRecord, observers
-from nemo_fp8_recipes.numerics.scale import amax as amax_of
 
 __all__ = [
     "bgrad_quantize",

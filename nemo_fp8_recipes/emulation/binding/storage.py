@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.kernels import Quantized
 
-__all__ = ["BufferSpec", "Buffers", "Layout", "adapt", "allocate", "flat_2d", "store", "transposed_shape"]
+__all__ = [
+    "BufferSpec",
+    "Buffers",
+    "Layout",
+    "adapt",
+    "allocate",
+    "direction_of",
+    "flat_2d",
+    "store",
+    "transposed_shape",
+]
 
 SOURCE = "pytorch/csrc/quantizer.cpp"
 
@@ -75,12 +86,24 @@ def transposed_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[-1], *shape[:-1]) if shape else ()
 
 
-def allocate(layout: Layout, quantizer: Any, shape: Sequence[int], device: torch.device) -> Buffers:
-    """Buffers with no defined content."""
+def allocate(
+    layout: Layout, quantizer: Any, shape: Sequence[int], device: torch.device, *, zero_scales: bool = False
+) -> Buffers:
+    """Buffers with no defined content; with `zero_scales` those of scales are zero, as their padding is."""
     return {
-        name: torch.empty(spec_shape, dtype=spec_dtype, device=device)
+        name: (torch.zeros if zero_scales and name.endswith("_scale_inv") else torch.empty)(
+            spec_shape, dtype=spec_dtype, device=device
+        )
         for name, (spec_shape, spec_dtype) in layout.specs(quantizer, shape).items()
     }
+
+
+def direction_of(buffers: Mapping[str, Tensor], direction: str) -> Quantized | None:
+    """Where the compiled kernels write the codes and scales of "rowwise" or "columnwise"; None where that
+    direction is not kept.
+    """
+    codes = buffers.get(f"_{direction}_data")
+    return None if codes is None else Quantized(codes, buffers[f"_{direction}_scale_inv"])
 
 
 def adapt(layout: Layout, quantizer: Any, tensor: Any) -> tuple[int, ...]:

@@ -1,0 +1,125 @@
+// The C interface of the kernels: plain pointers and numbers, called through ctypes. Matrices are contiguous
+// and row-major; a null pointer means that the output is not asked for.
+#include "blocks.hpp"
+#include "elements.hpp"
+#include "loops.hpp"
+#include "nvfp4.hpp"
+#include "per_tensor.hpp"
+#include "rows.hpp"
+
+using namespace fp8;
+
+#define KERNEL __attribute__((visibility("default")))
+
+namespace {
+
+// Scales of MXFP8 are padded to `stride` columns. Columnwise ones are addressed by (column, block): their rows
+// are the blocks; swizzled they are stored as the transposed matrix.
+ScalePlace mxfp8_place(bool columnwise, bool swizzled, int64_t stride, int64_t padded_blocks) {
+  if (swizzled) return {0, 0, padded_blocks / 4};
+  return columnwise ? ScalePlace{1, stride, 0} : ScalePlace{stride, 1, 0};
+}
+
+float e8m0_value(uint8_t code) {
+  if (code == 255) return as_float(0x7fc00000);
+  return code == 0 ? as_float(0x00400000) : as_float(int32_t(code) << 23);
+}
+
+}  // namespace
+
+extern "C" {
+
+KERNEL int32_t nemo_fp8_interface() { return 1; }
+
+KERNEL float nemo_fp8_amax(const void* x, int32_t input, int64_t count, int32_t threads) {
+  return amax({x, input}, count, threads);
+}
+
+KERNEL float nemo_fp8_cast(const void* x, int32_t input, int64_t m, int64_t k, int32_t format, float scale,
+                           uint8_t* codes, uint8_t* transposed, int32_t observe, int32_t threads) {
+  float result = 0.0f;
+  with_format(format, [&](auto out) {
+    result = cast<decltype(out)>({x, input}, m, k, scale, codes, transposed, observe != 0, threads);
+  });
+  return result;
+}
+
+KERNEL void nemo_fp8_mxfp8(const void* x, int32_t input, int64_t m, int64_t k, int32_t format,
+                           float reciprocal_of_max, int32_t square, int32_t swizzled, uint8_t* row_codes,
+                           uint8_t* row_scales, int64_t row_scale_stride, uint8_t* column_codes,
+                           uint8_t* column_scales, int64_t column_scale_rows, int64_t column_scale_stride,
+                           int32_t threads) {
+  with_format(format, [&](auto out) {
+    using Out = decltype(out);
+    quantize_blocks<32, 128, false, Out>(
+        {x, input}, m, k, square != 0, PowerOfTwoUp<Out>{reciprocal_of_max},
+        {row_codes, row_scales, mxfp8_place(false, swizzled != 0, row_scale_stride, row_scale_stride)},
+        {column_codes, column_scales, mxfp8_place(true, swizzled != 0, column_scale_stride, column_scale_rows)},
+        threads);
+  });
+}
+
+// Rowwise scales are stored [ceil(k / 128), row_scale_stride] in 1D and [ceil(m / 128), row_scale_stride] in
+// 2D; columnwise codes are [k, m] and their scales those of that matrix.
+KERNEL void nemo_fp8_blockwise(const void* x, int32_t input, int64_t m, int64_t k, int32_t format, float epsilon,
+                               int32_t power_of_two, int32_t square, uint8_t* row_codes, float* row_scales,
+                               int64_t row_scale_stride, uint8_t* column_codes, float* column_scales,
+                               int64_t column_scale_stride, int32_t threads) {
+  const ScalePlace rows = square ? ScalePlace{row_scale_stride, 1, 0} : ScalePlace{1, row_scale_stride, 0};
+  const ScalePlace columns =
+      square ? ScalePlace{column_scale_stride, 1, 0} : ScalePlace{1, column_scale_stride, 0};
+  const Input in{x, input};
+  with_format(format, [&](auto out) {
+    using Out = decltype(out);
+    quantize_blocks<128, 128, true, Out>(in, m, k, square != 0,
+                                         Quotient<Out>{epsilon, in.max(), power_of_two != 0},
+                                         {row_codes, row_scales, rows}, {column_codes, column_scales, columns},
+                                         threads);
+  });
+}
+
+KERNEL void nemo_fp8_nvfp4(const void* x, int32_t input, int64_t m, int64_t k, const float* amax,
+                           int32_t row_scaled, int32_t square, const uint8_t* random, uint8_t* packed,
+                           uint8_t* scales, int64_t scale_stride, int32_t threads) {
+  quantize_nvfp4({x, input}, m, k, amax, row_scaled != 0, square != 0, random, packed, scales, scale_stride,
+                 threads);
+}
+
+KERNEL void nemo_fp8_decode(const uint8_t* codes, int64_t count, int32_t format, float* out, int32_t threads) {
+  with_format(format, [&](auto in) {
+    using In = decltype(in);
+    parallel((count + kPiece - 1) / kPiece, threads, [&](int64_t first, int64_t last) {
+      const int64_t end = std::min(last * kPiece, count);
+      const uint8_t* __restrict code = codes;
+      float* __restrict value = out;
+      for (int64_t i = first * kPiece; i < end; ++i) value[i] = In::decode(code[i]);
+    });
+  });
+}
+
+KERNEL void nemo_fp8_decode_mxfp8(const uint8_t* codes, int64_t m, int64_t k, int32_t format, int32_t columnwise,
+                           int32_t swizzled, const uint8_t* scales, int64_t scale_rows, int64_t scale_stride,
+                           float* out, int32_t threads) {
+  const ScalePlace place =
+      mxfp8_place(columnwise != 0, swizzled != 0, scale_stride, columnwise ? scale_rows : scale_stride);
+  const auto scale_of = [&](int64_t row, int64_t block) { return e8m0_value(scales[place.at(row, block)]); };
+  with_format(format, [&](auto in) {
+    decode_blocks<32, decltype(in)>(codes, m, k, columnwise != 0, false, scale_of, out, threads);
+  });
+}
+
+KERNEL void nemo_fp8_decode_blockwise(const uint8_t* codes, int64_t m, int64_t k, int32_t format, int32_t square,
+                               const float* scales, int64_t scale_stride, float* out, int32_t threads) {
+  const ScalePlace place = square ? ScalePlace{scale_stride, 1, 0} : ScalePlace{1, scale_stride, 0};
+  const auto scale_of = [&](int64_t row, int64_t block) { return scales[place.at(row, block)]; };
+  with_format(format, [&](auto in) {
+    decode_blocks<128, decltype(in)>(codes, m, k, false, square != 0, scale_of, out, threads);
+  });
+}
+
+KERNEL void nemo_fp8_decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, const uint8_t* scales,
+                           int64_t scale_stride, float* out, int32_t threads) {
+  decode_nvfp4(packed, m, k, scales, scale_stride, out, threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,250 @@
+"""The compiled kernels give the bits of `numerics`, for every bit pattern of an input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemo_fp8_recipes import numerics
+from nemo_fp8_recipes.emulation.kernels import Library, Quantized
+from nemo_fp8_recipes.numerics import E4M3, E5M2, Fp8Format, blockwise, fp4, mxfp8, nvfp4, tensorwise
+from tests.numerics.inputs import DTYPES, amaxes, mixed
+
+FORMATS = st.sampled_from([E4M3, E5M2])
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def matrices(draw: st.DrawFn, multiple_of: int = 1, largest: int = 290) -> torch.Tensor:
+    """Matrices of any bit patterns at all: random ones, values over many binades with some special ones, or
+    tiny ones.
+    """
+    rows, columns = (multiple_of * draw(st.integers(1, largest // multiple_of)) for _ in range(2))
+    dtype = draw(st.sampled_from(DTYPES))
+    seed = draw(st.integers(0, 2**32 - 1))
+    if draw(st.booleans()):
+        return mixed((rows, columns), dtype, seed)
+    width = np.uint32 if dtype == torch.float32 else np.uint16
+    bits = np.random.default_rng(seed).integers(0, np.iinfo(width).max, (rows, columns), width, endpoint=True)
+    x = torch.from_numpy(bits.view(np.int32 if width == np.uint32 else np.int16).copy()).view(dtype)
+    return x if draw(st.booleans()) else x.to(torch.float32).mul(2.0**-100).to(dtype)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit for bit, a NaN being as good as another."""
+    if found.dtype == torch.float32:
+        found, expected = found.nan_to_num(nan=9e9), expected.nan_to_num(nan=9e9)
+        found, expected = found.view(torch.int32), expected.contiguous().view(torch.int32)
+    return torch.equal(found, expected)
+
+
+def codes_of(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 0x55, dtype=torch.uint8)
+
+
+@FEW
+@given(x=matrices(multiple_of=32), fmt=FORMATS, directions=st.sampled_from(["row", "column", "both"]))
+def test_mxfp8(kernels: Library, x: torch.Tensor, fmt: Fp8Format, directions: str) -> None:
+    m, k = x.shape
+    rows = Quantized(codes_of(m, k), codes_of(m + 3, k // 32 + 2)) if directions != "column" else None
+    columns = Quantized(codes_of(m, k), codes_of(m // 32 + 2, k + 5)) if directions != "row" else None
+    kernels.mxfp8(x, fmt, rows, columns, square=False, swizzled=False)
+    if rows is not None:
+        codes, scales = mxfp8.quantize_rowwise(x, fmt)
+        assert same(rows.codes, codes)
+        assert same(rows.scales[:m, : k // 32], scales)
+        back = kernels.decode_mxfp8(rows.codes, rows.scales, fmt, columnwise=False, swizzled=False)
+        assert same(back, mxfp8.dequantize_rowwise(codes, scales, fmt))
+    if columns is not None:
+        codes, scales = mxfp8.quantize_columnwise(x, fmt)
+        assert same(columns.codes, codes)
+        assert same(columns.scales[: m // 32, :k], scales)
+        back = kernels.decode_mxfp8(columns.codes, columns.scales, fmt, columnwise=True, swizzled=False)
+        assert same(back, mxfp8.dequantize_columnwise(codes, scales, fmt))
+
+
+@FEW
+@given(x=matrices(multiple_of=32), fmt=FORMATS)
+def test_mxfp8_in_squares(kernels: Library, x: torch.Tensor, fmt: Fp8Format) -> None:
+    m, k = x.shape
+    rows = Quantized(codes_of(m, k), codes_of(m, k // 32))
+    columns = Quantized(codes_of(m, k), codes_of(m // 32, k))
+    kernels.mxfp8(x, fmt, rows, columns, square=True, swizzled=False)
+    codes, scales = mxfp8.quantize_2d(x, fmt)
+    assert same(rows.codes, codes)
+    assert same(columns.codes, codes)
+    assert same(rows.scales, scales.repeat_interleave(32, dim=0))
+    assert same(columns.scales, scales.repeat_interleave(32, dim=1))
+
+
+@pytest.mark.parametrize(("m", "k"), [(32, 32), (128, 128), (160, 416)])
+def test_mxfp8_scales_in_the_gemms_order(kernels: Library, m: int, k: int) -> None:
+    from nemo_fp8_recipes.emulation.binding.mxfp8 import columnwise_scale_shape, rowwise_scale_shape, swizzle
+
+    x = mixed((m, k), torch.bfloat16)
+    natural, swizzled = (
+        (
+            Quantized(codes_of(m, k), torch.zeros(rowwise_scale_shape(m, k), dtype=torch.uint8)),
+            Quantized(codes_of(m, k), torch.zeros(columnwise_scale_shape(m, k), dtype=torch.uint8)),
+        )
+        for _ in range(2)
+    )
+    kernels.mxfp8(x, E4M3, *natural, square=False, swizzled=False)
+    kernels.mxfp8(x, E4M3, *swizzled, square=False, swizzled=True)
+    for columnwise, plain, gemm in zip((False, True), natural, swizzled, strict=True):
+        assert same(gemm.scales, swizzle(plain.scales, columnwise=columnwise))
+        back = kernels.decode_mxfp8(gemm.codes, gemm.scales, E4M3, columnwise=columnwise, swizzled=True)
+        expected = kernels.decode_mxfp8(
+            plain.codes, plain.scales, E4M3, columnwise=columnwise, swizzled=False
+        )
+        assert same(back, expected)
+
+
+@FEW
+@given(
+    x=matrices(),
+    fmt=FORMATS,
+    epsilon=st.sampled_from([0.0, 1e-12, 1e-3, 100.0]),
+    power_of_two=st.booleans(),
+    directions=st.sampled_from(["row", "column", "both"]),
+)
+def test_blockwise(
+    kernels: Library, x: torch.Tensor, fmt: Fp8Format, epsilon: float, power_of_two: bool, directions: str
+) -> None:
+    m, k = x.shape
+    options = {"epsilon": epsilon, "power_of_two": power_of_two}
+    rows = columns = None
+    if directions != "column":
+        rows = Quantized(codes_of(m, k), torch.zeros(-(-k // 128), m + 3))
+    if directions != "row":
+        columns = Quantized(codes_of(k, m), torch.zeros(-(-m // 128), k + 1))
+    kernels.blockwise(x, fmt, rows, columns, square=False, **options)
+    if rows is not None:
+        codes, scales = blockwise.quantize_1d(x, fmt, **options)
+        assert same(rows.codes, codes)
+        assert same(rows.scales[:, :m].t().contiguous(), scales)
+        back = kernels.decode_blockwise(rows.codes, rows.scales, fmt, square=False)
+        assert same(back, blockwise.dequantize_1d(codes, scales, fmt))
+    if columns is not None:
+        codes, scales = blockwise.quantize_1d_columnwise(x, fmt, **options)
+        assert same(columns.codes, codes.t())
+        assert same(columns.scales[:, :k].contiguous(), scales)
+
+
+@FEW
+@given(x=matrices(), fmt=FORMATS, power_of_two=st.booleans())
+def test_blockwise_in_squares(kernels: Library, x: torch.Tensor, fmt: Fp8Format, power_of_two: bool) -> None:
+    m, k = x.shape
+    down, across = -(-m // 128), -(-k // 128)
+    rows = Quantized(codes_of(m, k), torch.zeros(down, across + 1))
+    columns = Quantized(codes_of(k, m), torch.zeros(across, down + 2))
+    kernels.blockwise(x, fmt, rows, columns, square=True, epsilon=0.0, power_of_two=power_of_two)
+    codes, scales = blockwise.quantize_2d(x, fmt, power_of_two=power_of_two)
+    assert same(rows.codes, codes)
+    assert same(columns.codes, codes.t())
+    assert same(rows.scales[:, :across].contiguous(), scales)
+    assert same(columns.scales[:, :down].contiguous(), scales.t())
+    back = kernels.decode_blockwise(rows.codes, rows.scales, fmt, square=True)
+    assert same(back, blockwise.dequantize_2d(codes, scales, fmt))
+
+
+@FEW
+@given(x=matrices(), fmt=FORMATS, scale=st.floats(width=32, min_value=0.0), transpose=st.booleans())
+def test_per_tensor(kernels: Library, x: torch.Tensor, fmt: Fp8Format, scale: float, transpose: bool) -> None:
+    m, k = x.shape
+    codes, transposed = codes_of(m, k), codes_of(k, m) if transpose else None
+    largest = kernels.cast(x, fmt, scale, codes, transposed, observe=True)
+    expected = tensorwise.quantize(x, fmt, torch.tensor(scale))
+    assert same(codes, expected)
+    assert transposed is None or same(transposed, expected.t())
+    assert largest == kernels.amax(x) == numerics.amax(x).item()
+    assert same(kernels.decode(codes, fmt), numerics.decode(expected, fmt))
+
+
+@FEW
+@given(
+    x=matrices(multiple_of=16),
+    square=st.booleans(),
+    stochastic=st.booleans(),
+    largest=st.sampled_from(["own", "rows", 0.0, 1.0, 1e-38, 3e38, float("inf"), float("nan")]),
+)
+def test_nvfp4(
+    kernels: Library, x: torch.Tensor, square: bool, stochastic: bool, largest: str | float
+) -> None:
+    m, k = x.shape
+    if largest == "rows" and not square:
+        amax = numerics.amax(x, dim=1)
+    else:
+        amax = torch.tensor([largest]) if isinstance(largest, float) else numerics.amax(x).reshape(1)
+    out = Quantized(codes_of(m, k // 2), codes_of(m + 2, k // 16 + 1))
+    generator = torch.Generator().manual_seed(1)
+    random = fp4.random_bits(x, generator) if stochastic else None
+    kernels.nvfp4(x, amax, out, square=square, random=random)
+    quantize = nvfp4.quantize_2d if square else nvfp4.quantize_1d
+    packed, scales = quantize(x, amax, stochastic=stochastic, generator=torch.Generator().manual_seed(1))
+    if square:
+        scales = scales.repeat_interleave(16, dim=0)
+    assert same(out.codes, packed)
+    assert same(out.scales[:m, : k // 16], scales)
+    kept = out.scales[:m, : k // 16]
+    assert same(kernels.decode_nvfp4(out.codes, kept), nvfp4.block_values(packed, scales))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_of_the_16_bit_types(kernels: Library, dtype: torch.dtype, fmt: Fp8Format) -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    codes = codes_of(256, 256)
+    kernels.cast(x, fmt, 1.0, codes)
+    assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_every_tie_between_two_codes_and_its_neighbours(kernels: Library, fmt: Fp8Format) -> None:
+    values = numerics.decode(torch.arange(256).to(torch.uint8), fmt)
+    values = values[torch.isfinite(values)].sort().values
+    ties = (values[1:] + values[:-1]) / 2
+    up, down = (torch.nextafter(ties, torch.tensor(to)) for to in (float("inf"), -float("inf")))
+    x = torch.cat([values, ties, up, down]).reshape(1, -1)
+    codes = codes_of(*x.shape)
+    kernels.cast(x, fmt, 1.0, codes)
+    assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_scales_at_every_boundary(kernels: Library, fmt: Fp8Format) -> None:
+    largest = amaxes()
+    m = len(largest) // 32 * 32
+    x = torch.zeros(m, 128)
+    x[:, 0] = largest[:m]
+    rows = Quantized(codes_of(m, 128), codes_of(m, 4))
+    kernels.mxfp8(x, fmt, rows, None, square=False, swizzled=False)
+    assert same(rows.scales, mxfp8.quantize_rowwise(x, fmt).scale_e8m0)
+    for power_of_two in (True, False):
+        rows = Quantized(codes_of(m, 128), torch.zeros(1, m))
+        kernels.blockwise(x, fmt, rows, None, square=False, epsilon=0.0, power_of_two=power_of_two)
+        assert same(
+            rows.scales.t().contiguous(), blockwise.quantize_1d(x, fmt, power_of_two=power_of_two).scale_inv
+        )
+
+
+def test_threads_share_the_work_without_changing_a_bit(native: Library) -> None:
+    x = mixed((1000, 1056), torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            codes, transposed = codes_of(*x.shape), codes_of(*reversed(x.shape))
+            largest = native.cast(x, E4M3, 1.0, codes, transposed, observe=True)
+            rows = Quantized(codes_of(*x.shape), torch.zeros(9, 1000))
+            columns = Quantized(codes_of(*reversed(x.shape)), torch.zeros(8, 1056))
+            native.blockwise(x, E4M3, rows, columns, square=False, epsilon=0.0, power_of_two=True)
+            found.append([codes, transposed, torch.tensor(largest), *rows, *columns])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(same(a, b) for a, b in zip(found[0], others, strict=True))

@@ -33,6 +33,7 @@ from nemo_fp8_recipes.injection import (
     set_fields,
     switch,
 )
+from nemo_fp8_recipes.injection.module_names import model_chunks
 from nemo_fp8_recipes.recipes.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Fp8Run:
         telemetry: attaches telemetry to the built model and returns its recorder, which is closed when the
             run is left; None for no telemetry.
         schedule: steps in which other recipes take `recipe`'s place, which must be its main one; None: none.
+        injecting: False where Megatron makes the recipe object itself and the run only proves what it did.
 
     Attributes:
         recipe: the recipe in force.
@@ -79,6 +81,7 @@ class Fp8Run:
         telemetry: Callable[[Model], StepRecorder] | None = None,
         *,
         schedule: Schedule | None = None,
+        injecting: bool = True,
     ) -> None:
         if schedule is not None and schedule.main != recipe:
             raise InjectionError(
@@ -97,15 +100,20 @@ class Fp8Run:
         self._telemetry = telemetry
         self._model: Model | None = None
         self._exit = ExitStack()
+        self._injecting = injecting
+        self._entered = False
 
     def __enter__(self) -> Fp8Run:
-        self.injection = self._exit.enter_context(inject(self.recipe))
+        if self._injecting:
+            self.injection = self._exit.enter_context(inject(self.recipe))
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.injection = None
+        self._entered = False
         self._model = None
         self._exit.__exit__(kind, error, trace)
 
@@ -149,14 +157,14 @@ class Fp8Run:
         Raises:
             InjectionError: a recipe of the run cannot run in this model.
         """
-        injection = self._require_entered()
+        self._require_entered()
         for recipe in self.schedule.recipes():
             check_model(model, recipe)
         self._model = model
         if steps_done and (saved_with := self.schedule.at(steps_done)) != self.recipe:
             # The scaling state that came with the checkpoint is of this recipe: nothing is reset.
             set_fields(model, saved_with)
-            injection.use(saved_with)
+            self._require_injection().use(saved_with)
             self.recipe = self._scheduled = saved_with
         if self._telemetry is not None:
             self.recorder = self._telemetry(model)
@@ -182,7 +190,7 @@ class Fp8Run:
         Raises:
             InjectionError: the model is tied to the recipe that it was built with.
         """
-        injection = self._require_entered()
+        injection = self._require_injection()
         if self._model is None:
             raise InjectionError("Fp8Run.model_built(model) must be called before the recipe can change.")
         check_model(self._model, recipe)
@@ -219,7 +227,7 @@ class Fp8Run:
         try:
             merged = gather(found)
             if merged is not None:
-                require_quantized(merged, self.recipe)
+                require_quantized(merged, self.recipe, modules_differ=_has_module_overrides(self._model))
         except Fp8Error as error:
             problem = problem or str(error)
         problem = _first_problem(problem)
@@ -227,9 +235,18 @@ class Fp8Run:
             raise InjectionError(problem, key="fp8_recipe", value=self.recipe.name)
         self.manifest = found if merged is None else merged
 
-    def _require_entered(self) -> Injection:
-        if self.injection is None:
+    def _require_entered(self) -> None:
+        if not self._entered:
             raise InjectionError("Fp8Run is a context manager: use it as `with Fp8Run(recipe) as run:`.")
+
+    def _require_injection(self) -> Injection:
+        self._require_entered()
+        if self.injection is None:
+            raise InjectionError(
+                "The recipe cannot change in a run that injects none.",
+                key="fp8_recipe",
+                value=self.recipe.name,
+            )
         return self.injection
 
 
@@ -244,3 +261,12 @@ def _first_problem(problem: str | None) -> str | None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found is not None), None)
+
+
+def _has_module_overrides(model: Model) -> bool:
+    """Whether Megatron's precision config gives single modules a recipe of their own."""
+    return any(
+        getattr(chunk.config, "quant_recipe", None)
+        for chunk in model_chunks(model)
+        if hasattr(chunk, "config")
+    )

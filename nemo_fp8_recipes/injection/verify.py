@@ -44,8 +44,14 @@ def complaints(manifest: Manifest, recipe: Recipe) -> tuple[Complaint, ...]:
     )
 
 
-def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
+def require_quantized(manifest: Manifest, recipe: Recipe, *, modules_differ: bool = False) -> None:
     """Refuse a model that does not do what the recipe says.
+
+    Args:
+        manifest: what was found.
+        recipe: what was asked for.
+        modules_differ: single modules were asked for another recipe, so one that is quantised otherwise is no
+            complaint.
 
     Raises:
         InjectionError: a quantised recipe was asked for and no module is quantised, a row disagrees with the
@@ -60,6 +66,9 @@ def require_quantized(manifest: Manifest, recipe: Recipe) -> None:
             hint=_advice(manifest),
         )
     found = complaints(manifest, recipe)
+    if modules_differ:
+        others = {row.module for row in manifest.quantized() if row.recipe != recipe.name}
+        found = tuple(complaint for complaint in found if complaint.module not in others)
     if found:
         raise InjectionError(
             f"The model does not do what fp8_recipe={recipe.name} says: {_summary(found)}.",

@@ -90,7 +90,7 @@ class EmulatedDevice:
         major, minor = self.compute_capability
         # Limits per architecture: CUDA C++ programming guide, "Technical specifications per compute
         # capability".
-        shared_kib = {(8, 0): 164, (8, 9): 100, (12, 0): 100}.get(self.compute_capability, 228)
+        shared_kib = {(8, 0): 164, (8, 9): 100, (12, 0): 100, (12, 1): 100}.get(self.compute_capability, 228)
         name = f"{self.product_name} (emulated)"
         return DeviceProperties(
             name=name,
@@ -101,7 +101,7 @@ class EmulatedDevice:
             L2_cache_size=self.l2_cache_mb * _MIB,
             shared_memory_per_block_optin=(shared_kib - 1) * 1024,
             shared_memory_per_multiprocessor=shared_kib * 1024,
-            max_threads_per_multi_processor=1536 if (major, minor) in ((8, 9), (12, 0)) else 2048,
+            max_threads_per_multi_processor=1536 if (major, minor) == (8, 9) or major == 12 else 2048,
             gcnArchName=name,
         )
 
@@ -119,6 +119,7 @@ _TABLE = (
     EmulatedDevice(
         "rtx_pro_6000", "RTX PRO 6000", "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 96, 188, 128
     ),
+    EmulatedDevice("dgx_spark", "DGX Spark", "NVIDIA GB10", (12, 1), 128, 48, 24),
 )
 
 DEVICES: Mapping[str, EmulatedDevice] = MappingProxyType({entry.name: entry for entry in _TABLE})

@@ -45,6 +45,8 @@ class HybridShape:
     experts_per_token: int | None = None
     expert_ffn_hidden_size: int | None = None
     shared_expert_ffn_hidden_size: int | None = None
+    moe_latent_size: int | None = None
+    """Width that tokens are projected to before the routed experts, and back from after them."""
 
     @property
     def mamba_width(self) -> int:
@@ -189,8 +191,13 @@ def _hybrid(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
         each = tokens * hybrid.experts_per_token // hybrid.num_experts * parallel.ep
         copies, ffn = hybrid.num_experts // parallel.ep, hybrid.expert_ffn_hidden_size
         fc1 = 2 * ffn if model.gated else ffn
-        yield Linear("mlp.experts.linear_fc1", each, each, fc1, hidden, layers, copies, routed=True)
-        yield Linear("mlp.experts.linear_fc2", each, each, hidden, ffn, layers, copies, routed=True)
+        width = hybrid.moe_latent_size or hidden
+        yield Linear("mlp.experts.linear_fc1", each, each, fc1, width, layers, copies, routed=True)
+        yield Linear("mlp.experts.linear_fc2", each, each, width, ffn, layers, copies, routed=True)
+        if hybrid.moe_latent_size:
+            # Not cut over the ranks: moe_layer.py gives them parallel_mode="duplicated".
+            yield Linear("mlp.fc1_latent_proj", local, local, width, hidden, layers)
+            yield Linear("mlp.fc2_latent_proj", local, local, hidden, width, layers)
     if hybrid.shared_expert_ffn_hidden_size:
         ffn = hybrid.shared_expert_ffn_hidden_size // parallel.tp
         fc1 = 2 * ffn if model.gated else ffn

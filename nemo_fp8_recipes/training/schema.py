@@ -91,7 +91,8 @@ class HybridConfig:
     """Layers of several kinds in Megatron's pattern: M Mamba-2, * attention, - MLP, E experts.
 
     `expert_ffn_hidden_size` and `shared_expert_ffn_hidden_size` are the inner widths of one expert and of the
-    expert that sees every token; `num_experts` and what depends on it is null without E layers.
+    expert that sees every token, `moe_latent_size` the width that tokens are projected to before the routed
+    experts; `num_experts` and what depends on it is null without E layers.
     """
 
     layer_pattern: str
@@ -103,6 +104,7 @@ class HybridConfig:
     experts_per_token: int | None
     expert_ffn_hidden_size: int | None
     shared_expert_ffn_hidden_size: int | None
+    moe_latent_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"):
@@ -116,7 +118,7 @@ class HybridConfig:
                 allowed=[f"{sign} ({kind})" for sign, kind in LAYER_KINDS.items()],
             )
         experts = ("num_experts", "experts_per_token", "expert_ffn_hidden_size")
-        for field in (*experts, "shared_expert_ffn_hidden_size"):
+        for field in (*experts, "shared_expert_ffn_hidden_size", "moe_latent_size"):
             _at_least(f"model.hybrid.{field}", getattr(self, field), 1)
             if field in experts and "E" in self.layer_pattern and getattr(self, field) is None:
                 raise ConfigError(

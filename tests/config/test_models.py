@@ -29,6 +29,7 @@ PUBLISHED = {
     "nemotron_nano_v2_12b": (62, 5120, 40, 8, 20480, "M28 -28 *6 E0"),
     "nemotron3_nano_4b": (42, 3136, 40, 8, 12544, "M21 -17 *4 E0"),
     "nemotron3_nano_30b_a3b": (52, 2688, 32, 2, 1856, "M23 -0 *6 E23"),
+    "nemotron3_super_120b_a12b": (88, 4096, 32, 2, 2688, "M40 -0 *8 E40"),
 }
 # Billions of parameters in the linear layers, embedding and output layer, by the model's own name; dense ones
 # and the hybrids' projections alike.
@@ -46,6 +47,7 @@ BILLIONS = {
     "nemotron_nano_v2_12b": 12.3,
     "nemotron3_nano_4b": 4.0,
     "nemotron3_nano_30b_a3b": 31.6,
+    "nemotron3_super_120b_a12b": 120.5,
 }
 
 

@@ -20,6 +20,8 @@ _OUTPUT = {
     "mixer.out_proj": ("hidden_size",),
     "mlp.experts.linear_fc1": ("hybrid.expert_ffn_hidden_size",),
     "mlp.experts.linear_fc2": ("hidden_size",),
+    "mlp.fc1_latent_proj": ("hybrid.moe_latent_size",),
+    "mlp.fc2_latent_proj": ("hidden_size",),
     "mlp.shared_experts.linear_fc1": ("hybrid.shared_expert_ffn_hidden_size",),
     "mlp.shared_experts.linear_fc2": ("hidden_size",),
 }
@@ -32,6 +34,8 @@ _INPUT = {
     "mixer.out_proj": ("hybrid.mamba_num_heads", "hybrid.mamba_head_dim"),
     "mlp.experts.linear_fc1": ("hidden_size",),
     "mlp.experts.linear_fc2": ("hybrid.expert_ffn_hidden_size",),
+    "mlp.fc1_latent_proj": ("hidden_size",),
+    "mlp.fc2_latent_proj": ("hybrid.moe_latent_size",),
     "mlp.shared_experts.linear_fc1": ("hidden_size",),
     "mlp.shared_experts.linear_fc2": ("hybrid.shared_expert_ffn_hidden_size",),
 }

@@ -12,7 +12,6 @@ from rich.text import Text
 from nemo_fp8_recipes import config, emulation, preflight, recipes
 from nemo_fp8_recipes.commands import doctor_matrix
 from nemo_fp8_recipes.commands.arguments import take_flags
-from nemo_fp8_recipes.errors import EmulationError
 from nemo_fp8_recipes.preflight import Finding
 
 __all__ = ["HELP", "run"]
@@ -109,14 +108,14 @@ def _bytes(count: int) -> str:
 def _where(device: str) -> tuple[bool, bool]:
     """Whether the job is emulated, and whether it runs on this machine.
 
-    A job with device=native is checked on machines that have no GPU too: for the machine it will run on.
+    A job with device=native is checked on machines that have no GPU too: for the machine it will run on. The
+    driver says whether there is a GPU: torch is not imported for that.
     """
-    try:
-        return emulation.should_start(device, os.environ), True
-    except EmulationError:
-        if device != "native":
-            raise
-        return False, False
+    if device == "native":
+        return False, preflight.hardware_here() is not None
+    if device == "auto" and preflight.hardware_here() is not None:
+        return False, True
+    return device == "emulated" or emulation.should_start(device, os.environ), True
 
 
 def _print(console: Console, findings: list[Finding]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError, nearest
 from nemo_fp8_recipes.launch import schema as launch_schema
+from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.recipes.schedule import SpanConfig, read_schedule
 from nemo_fp8_recipes.targets import versions
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
@@ -96,15 +98,23 @@ class VersionsConfig:
     """Versions that preflight shall assume instead of the installed ones."""
 
     te: str | None = None
+    megatron_core: str | None = None
+    nemo: str | None = None
+    bridge: str | None = None
+    cuda: str | None = None
+    """Of the torch build."""
+    python: str | None = None
 
     def __post_init__(self) -> None:
-        if self.te is not None and not versions.parse(self.te):
-            raise ConfigError(
-                f"versions.te={self.te} is no version.",
-                key="versions.te",
-                value=self.te,
-                allowed=["a version such as '2.4'"],
-            )
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if value is not None and not versions.parse(value):
+                raise ConfigError(
+                    f"versions.{field_.name}={value} is no version.",
+                    key=f"versions.{field_.name}",
+                    value=value,
+                    allowed=["a version such as '2.4'"],
+                )
 
 
 @dataclass
@@ -126,6 +136,7 @@ GROUPS: dict[str, type[Any] | Mapping[str, type[Any]]] = {
     **launch_schema.GROUPS,
     "parallel": ParallelConfig,
     "hardware": HardwareConfig,
+    "megatron": MegatronSettings,
 }
 
 

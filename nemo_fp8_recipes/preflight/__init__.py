@@ -7,7 +7,15 @@ from nemo_fp8_recipes.preflight.cost import Cost, cost
 from nemo_fp8_recipes.preflight.finding import SEVERITIES, Finding, Severity, require, worst_first
 from nemo_fp8_recipes.preflight.hardware import posing_device, recipes_for, runs_on
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
-from nemo_fp8_recipes.preflight.job import check, check_job, job_input, named_hardware
+from nemo_fp8_recipes.preflight.job import (
+    check,
+    check_job,
+    hardware_here,
+    ignoring,
+    job_input,
+    named_hardware,
+)
+from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.preflight.registry import Rule, all_rules
 from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel, linears
 
@@ -17,6 +25,7 @@ __all__ = [
     "Finding",
     "Hardware",
     "HybridShape",
+    "MegatronSettings",
     "ModelShape",
     "Parallel",
     "PreflightInput",
@@ -26,6 +35,8 @@ __all__ = [
     "check",
     "check_job",
     "cost",
+    "hardware_here",
+    "ignoring",
     "job_input",
     "linears",
     "named_hardware",

@@ -94,7 +94,9 @@ def cost(recipe: Recipe, capability: Capability | None, model: ModelShape, paral
     totals["gemm_flops"] += (
         3 * 2 * 2 * tokens * model.seq_length * attention * model.layers("*") // parallel.pp
     )
-    totals["gemm_flops"] += 3 * 2 * tokens * model.hidden_size * model.vocab_size // parallel.tp
+    totals["gemm_flops"] += (
+        3 * 2 * tokens * model.hidden_size * model.padded_vocabulary(parallel.tp) // parallel.tp
+    )
     return Cost(**totals)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemo_fp8_recipes.preflight.hardware import Capability
+from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.preflight.shapes import ModelShape, Parallel
 from nemo_fp8_recipes.recipes import Recipe
 
@@ -19,6 +20,8 @@ class Hardware:
     name: str = "auto"
     display_name: str = "auto"
     capability: Capability | None = None
+    memory_gb: int | None = None
+    """Memory of one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,18 @@ class PreflightInput:
     runs_here: bool = True
     """The job runs on this machine, with the packages installed here."""
     te_version: str | None = None
+    megatron_core_version: str | None = None
+    nemo_version: str | None = None
+    bridge_version: str | None = None
+    python_version: str | None = None
     cuda_version: tuple[int, int] | None = None
     """CUDA that torch was built with."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    recompute_modules: tuple[str, ...] = ()
-    """Megatron's recompute_modules, where recompute_granularity is selective."""
-    offload_modules: tuple[str, ...] = ()
-    """Megatron's offload_modules, where fine_grained_activation_offloading is on."""
+    megatron: MegatronSettings = field(default_factory=MegatronSettings)
+    distributed_optimizer: bool | None = None
+    """Megatron's use_distributed_optimizer; None: the job's optimizer is not known."""
+    telemetry: bool = False
+    """Probes read the quantised tensors of every layer."""
+    scheduled: bool = False
+    """The recipe changes during the job."""
+    attention_dropout: float = 0.0

@@ -6,16 +6,19 @@ import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from nemo_fp8_recipes import recipes
-from nemo_fp8_recipes.errors import ConfigError, nearest
+from nemo_fp8_recipes import recipes, typed
+from nemo_fp8_recipes.errors import ConfigError, PreflightError, nearest
+from nemo_fp8_recipes.preflight import driver
 from nemo_fp8_recipes.preflight.finding import Finding, worst_first
 from nemo_fp8_recipes.preflight.hardware import posing_device
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
+from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.preflight.registry import all_rules
 from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
@@ -24,7 +27,7 @@ from nemo_fp8_recipes.targets import transformer_engine, versions
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["check", "check_job", "job_input", "named_hardware"]
+__all__ = ["check", "check_job", "hardware_here", "ignoring", "job_input", "named_hardware"]
 
 _SHAPE_KEYS = (
     "num_layers",
@@ -63,16 +66,18 @@ def check_job(
         emulated: whether the device is emulated; None: as `device=` and this machine decide.
         runs_here: whether the job runs on this machine, with the packages installed here.
         found: the GPU that the job runs on, once it is known: it takes the place of hardware=auto.
-        knows_model: whether `config.model` is the model that will run; otherwise no shape is checked.
+        knows_model: whether `config.model` is the model that will run; otherwise neither
+            shapes nor Megatron's settings are checked.
 
     Raises:
         ConfigError: `preflight.ignore` names a code that does not exist.
         EmulationError: the device asked for cannot be had here.
     """
-    ignored = _ignored(list(config.preflight.ignore))
     job = job_input(config, os.environ if environment is None else environment, emulated=emulated)
-    job = dataclasses.replace(job, runs_here=runs_here, model=job.model if knows_model else None)
-    if found is not None and job.hardware.capability is None:
+    job = dataclasses.replace(job, runs_here=runs_here)
+    if not knows_model:
+        job = dataclasses.replace(job, model=None, distributed_optimizer=None, megatron=MegatronSettings())
+    if found is not None and config.hardware.name == "auto":
         job = dataclasses.replace(job, hardware=found)
     findings = check(job)
     for other in schedule_of(config).recipes()[1:]:
@@ -81,6 +86,16 @@ def check_job(
             for finding in check(dataclasses.replace(job, recipe=other))
             if finding not in findings
         ]
+    return ignoring(findings, list(config.preflight.ignore))
+
+
+def ignoring(findings: Iterable[Finding], codes: Iterable[str]) -> list[Finding]:
+    """`findings` with those of these codes as "info", so that they do not stop the job.
+
+    Raises:
+        ConfigError: there is no such code.
+    """
+    ignored = _ignored(list(codes))
     return worst_first(_lighter(finding) if finding.code in ignored else finding for finding in findings)
 
 
@@ -112,26 +127,52 @@ def job_input(
 ) -> PreflightInput:
     """The configuration, the installed versions and the environment as the rules read them."""
     values: Any = OmegaConf.to_container(config, resolve=True)
-    recipe = recipes.load(values["fp8_recipe"])
+    schedule = schedule_of(config)
+    recipe = schedule.main
     if emulated is None:
         emulated = _emulated(values["device"], environment)
     model = values["model"]
     parallel = values["parallel"]
     return PreflightInput(
         recipe=recipe,
-        hardware=_hardware(values["hardware"], schedule_of(config), emulated),
+        hardware=_hardware(values["hardware"], schedule, emulated),
         model=ModelShape(
             **{key: model[key] for key in _SHAPE_KEYS},
             micro_batch_size=values["training"]["micro_batch_size"],
             gated=model["activation"] == "swiglu",
+            make_vocab_size_divisible_by=model["make_vocab_size_divisible_by"],
+            packing_multiple=values["training"]["packing_multiple"],
             hybrid=HybridShape(**model["hybrid"]) if model["hybrid"] is not None else None,
         ),
         parallel=Parallel(**{key: parallel[key] for key in ("tp", "pp", "cp", "ep", "sequence")}),
         emulated=emulated,
-        te_version=values["versions"]["te"] or transformer_engine.installed_version(),
-        cuda_version=_cuda_version(versions.installed("torch")),
         environment=environment,
+        scheduled=len(schedule.recipes()) > 1,
+        megatron=typed.read(MegatronSettings, values["megatron"], key="megatron", error=ConfigError),
+        distributed_optimizer=values["optimizer"]["distributed_optimizer"],
+        telemetry=values["telemetry"]["enabled"],
+        attention_dropout=model["attention_dropout"],
+        **_versions(values["versions"]),
     )
+
+
+def _versions(stated: Mapping[str, str | None]) -> dict[str, Any]:
+    """What the configuration states, and for the rest what is installed here."""
+    cuda = stated["cuda"]
+    return {
+        "te_version": stated["te"] or transformer_engine.installed_version(),
+        "megatron_core_version": stated["megatron_core"] or versions.installed("megatron-core"),
+        "nemo_version": stated["nemo"] or versions.installed("nemo-toolkit"),
+        "bridge_version": stated["bridge"] or versions.installed("megatron-bridge"),
+        "python_version": stated["python"] or ".".join(str(part) for part in sys.version_info[:3]),
+        "cuda_version": _two(versions.parse(cuda)) if cuda else _cuda_version(versions.installed("torch")),
+    }
+
+
+def _two(numbers: tuple[int, ...]) -> tuple[int, int]:
+    """Major and minor, (13, 0) for (13,)."""
+    major, minor, *_ = (*numbers, 0)
+    return major, minor
 
 
 def _emulated(device: str, environment: Mapping[str, str]) -> bool:
@@ -151,11 +192,37 @@ def named_hardware(name: str) -> Hardware:
 
 
 def _hardware(node: Mapping[str, Any], schedule: Schedule, emulated: bool) -> Hardware:
-    """The device named; for auto the one that emulation poses as, or an unknown one."""
-    if node["name"] == "auto" and emulated:
+    """The device named; for auto the one that emulation poses as, or what the driver here says."""
+    if node["name"] != "auto":
+        return _as_hardware(node)
+    if emulated:
         main, *others = schedule.recipes()
         return named_hardware(posing_device(main, "auto", *others))
-    return _as_hardware(node)
+    return hardware_here() or _as_hardware(node)
+
+
+def hardware_here() -> Hardware | None:
+    """The GPU of this machine, as its driver says; None where it has none.
+
+    Raises:
+        PreflightError: the driver fails, or the machine has GPUs of different compute capability.
+    """
+    gpus = driver.found()
+    if not gpus:
+        return None
+    if len({gpu.compute_capability for gpu in gpus}) > 1:
+        raise PreflightError(
+            f"This machine has different GPUs: {', '.join(sorted({gpu.name for gpu in gpus}))}.",
+            key="hardware",
+            value="auto",
+            hint="Choose them with CUDA_VISIBLE_DEVICES, or name one: hardware=h100.",
+        )
+    return Hardware(
+        name="auto",
+        display_name=gpus[0].name,
+        capability=gpus[0].compute_capability,
+        memory_gb=gpus[0].memory_gb,
+    )
 
 
 def _as_hardware(node: Mapping[str, Any]) -> Hardware:
@@ -164,6 +231,7 @@ def _as_hardware(node: Mapping[str, Any]) -> Hardware:
         name=node["name"],
         display_name=node["display_name"],
         capability=tuple(capability) if capability is not None else None,
+        memory_gb=node["memory_gb"],
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from nemo_fp8_recipes.preflight.citation import Citation
 from nemo_fp8_recipes.preflight.finding import Finding, Severity
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 
@@ -24,7 +27,7 @@ class Problem:
     fix: str = ""
     severity: Severity | None = None
     """Only where this one is graver or lighter than the rule's."""
-    source: str | None = None
+    source: str | Citation | None = None
     """Only where this one comes from somewhere more exact than the rule's."""
 
 
@@ -33,14 +36,26 @@ Check = Callable[[PreflightInput], Iterator[Problem]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One check: stable code, what it is about, where it comes from."""
+    """One check: stable code, what it is about, where it comes from.
+
+    `cites` are the lines of the peers' sources among the sources; the rest are papers and threads.
+    """
 
     code: str
     severity: Severity
     title: str
-    source: str
+    sources: tuple[str | Citation, ...]
     versions: str
     check: Check
+
+    @property
+    def source(self) -> str:
+        """All sources in one line."""
+        return "; ".join(str(source) for source in self.sources)
+
+    @property
+    def cites(self) -> tuple[Citation, ...]:
+        return tuple(source for source in self.sources if isinstance(source, Citation))
 
     def findings(self, job: PreflightInput) -> Iterator[Finding]:
         for problem in self.check(job):
@@ -51,7 +66,7 @@ class Rule:
                 key=problem.key,
                 value=problem.value,
                 fix=problem.fix,
-                source=problem.source or self.source,
+                source=str(problem.source) if problem.source else self.source,
                 versions=self.versions,
             )
 
@@ -60,7 +75,12 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    code: str, severity: Severity, title: str, *, source: str, versions: str = ""
+    code: str,
+    severity: Severity,
+    title: str,
+    *,
+    source: str | Citation | tuple[str | Citation, ...],
+    versions: str = "",
 ) -> Callable[[Check], Check]:
     """Register a check under a code that is never given to another one."""
 
@@ -68,17 +88,23 @@ def rule(
         if code in _RULES:
             raise ValueError(f"two preflight rules have the code {code}")
         _RULES[code] = Rule(
-            code=code, severity=severity, title=title, source=source, versions=versions, check=check
+            code=code,
+            severity=severity,
+            title=title,
+            sources=source if isinstance(source, tuple) else (source,),
+            versions=versions,
+            check=check,
         )
         return check
 
     return register
 
 
-def all_rules() -> dict[str, Rule]:
+@functools.cache
+def all_rules() -> Mapping[str, Rule]:
     """Every rule by its code, in the order of the codes."""
     from nemo_fp8_recipes.preflight import rules
 
     for module in pkgutil.iter_modules(rules.__path__):
         importlib.import_module(f"{rules.__name__}.{module.name}")
-    return dict(sorted(_RULES.items()))
+    return MappingProxyType(dict(sorted(_RULES.items())))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from nemo_fp8_recipes.preflight.citation import Citation, engine, engine_cpp
 from nemo_fp8_recipes.preflight.hardware import Capability, any_gemm_layout
 from nemo_fp8_recipes.recipes import Recipe
 
@@ -76,6 +77,28 @@ class ModelShape:
     """Gated MLPs (SwiGLU) double the output features of fc1."""
     hybrid: HybridShape | None = None
     """Layers of several kinds; None: attention and MLP in every layer."""
+    make_vocab_size_divisible_by: int = 1
+    """Megatron pads the vocabulary to a multiple of this times the tensor-parallel ranks."""
+    packing_multiple: int | None = None
+    """Sequences are packed, and the tokens of a micro-batch are some multiple of this; None: no packing."""
+
+    @property
+    def has_experts(self) -> bool:
+        return self.hybrid is not None and self.hybrid.num_experts is not None
+
+    def tokens_an_expert(self, parallel: Parallel) -> int:
+        """Tokens of a micro-batch that an expert gets on average."""
+        hybrid = self.hybrid
+        if hybrid is None or not hybrid.num_experts or not hybrid.experts_per_token:
+            return 0
+        tokens = self.seq_length * self.micro_batch_size // parallel.cp
+        # Every rank of an expert-parallel group sends its tokens, each to `experts_per_token` experts.
+        return tokens * hybrid.experts_per_token // hybrid.num_experts * parallel.ep
+
+    def padded_vocabulary(self, tp: int) -> int:
+        """Rows of the embedding and of the output layer, over all ranks."""
+        multiple = self.make_vocab_size_divisible_by * tp
+        return -(-self.vocab_size // multiple) * multiple
 
     def layers(self, kind: Literal["*", "-", "M", "E"]) -> int:
         """How many layers have attention (*), an MLP (-), Mamba (M) or experts (E)."""
@@ -91,6 +114,8 @@ class ModelShape:
         """A size by its key below `model`, such as hidden_size or hybrid.mamba_num_heads."""
         if field == "kv_channels":
             return self.head_size
+        if field == "packing_multiple":
+            return self.packing_multiple or 1
         if field.startswith("hybrid."):
             return int(getattr(self.hybrid, field.removeprefix("hybrid.")))
         return int(getattr(self, field))
@@ -144,7 +169,7 @@ class Demand:
     dimension: Dimension
     multiple: int
     reason: str
-    source: str
+    source: str | Citation
 
 
 def linears(model: ModelShape, parallel: Parallel) -> list[Linear]:
@@ -187,8 +212,7 @@ def _hybrid(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
     yield Linear("mixer.out_proj", tokens, local, hidden, hybrid.mamba_width // parallel.tp, layers)
     layers = model.layers("E")
     if hybrid.num_experts and hybrid.expert_ffn_hidden_size and hybrid.experts_per_token:
-        # Every rank of an expert-parallel group sends its tokens, each to `experts_per_token` experts.
-        each = tokens * hybrid.experts_per_token // hybrid.num_experts * parallel.ep
+        each = model.tokens_an_expert(parallel)
         copies, ffn = hybrid.num_experts // parallel.ep, hybrid.expert_ffn_hidden_size
         fc1 = 2 * ffn if model.gated else ffn
         width = hybrid.moe_latent_size or hidden
@@ -205,26 +229,33 @@ def _hybrid(model: ModelShape, parallel: Parallel) -> Iterator[Linear]:
         yield Linear("mlp.shared_experts.linear_fc2", tokens, local, hidden, ffn, layers)
 
 
-_EXECUTION = "transformer_engine/pytorch/utils.py: assert_dim_for_fp8_exec"
-_CUBLAS = "transformer_engine/common/gemm/cublaslt_gemm.cu: CanonicalizeGemmInput"
-_CUBLAS_FP4 = (
-    "cuBLAS documentation: block-scaled FP4 matrix multiplication, 16-byte aligned leading dimensions"
+EXECUTION = engine("pytorch/utils.py", 710, "FP8 execution requires the product of all dimensions")
+LEADING_DIMENSION = engine_cpp(
+    "common/gemm/cublaslt_gemm.cu", 162, "Leading dimension requirement on A for FP8 GEMM"
 )
-_QUANTIZER = "transformer_engine/pytorch/csrc/quantizer.cpp: {}::create_tensor"
+BLOCKWISE_GEMM = engine_cpp(
+    "common/gemm/cublaslt_gemm.cu", 210, "Leading dimension requirement on NVTE_BLOCK_SCALING GEMM"
+)
+MXFP8_QUANTIZER = engine_cpp("pytorch/csrc/quantizer.cpp", 1492, "flat_first_dim % MXFP8_BLOCK_SIZE == 0")
+NVFP4_QUANTIZER = engine_cpp("pytorch/csrc/quantizer.cpp", 1957, "First dim for NVFP4 must be divisible by")
+CUBLAS_FP4 = (
+    "cuBLAS documentation: block-scaled FP4 matrix multiplication, 16-byte aligned leading dimensions "
+    "(TE has no check of its own)"
+)
 
 
 def demands(recipe: Recipe, capability: Capability | None) -> Iterator[Demand]:
     """What every linear layer must satisfy; of an unknown device, the strictest that the recipe runs on."""
     if recipe.precision == "bf16":
         return
-    yield Demand("local tokens", 8, "TE quantises no other leading dimension", _EXECUTION)
-    yield Demand("output features", 8, "TE quantises no other leading dimension", _EXECUTION)
-    yield Demand("input features", 16, "TE quantises no other last dimension", _EXECUTION)
+    yield Demand("local tokens", 8, "TE quantises no other leading dimension", EXECUTION)
+    yield Demand("output features", 8, "TE quantises no other leading dimension", EXECUTION)
+    yield Demand("input features", 16, "TE quantises no other last dimension", EXECUTION)
     if recipe.name in ("mxfp8", "nvfp4"):
-        block, quantizer = (32, "MXFP8Quantizer") if recipe.name == "mxfp8" else (16, "NVFP4Quantizer")
+        block, quantizer = (32, MXFP8_QUANTIZER) if recipe.name == "mxfp8" else (16, NVFP4_QUANTIZER)
         quantised: tuple[Dimension, ...] = ("local tokens", "output features", "input features")
         for dimension in quantised:
-            yield Demand(dimension, block, f"blocks of {block} must be whole", _QUANTIZER.format(quantizer))
+            yield Demand(dimension, block, f"blocks of {block} must be whole", quantizer)
         if recipe.name == "nvfp4":
             yield from _fp4_gemm_demands(recipe)
         return
@@ -237,17 +268,18 @@ def _gemm_demands(recipe: Recipe, capability: Capability | None) -> Iterator[Dem
     if not backward:
         return
     per_tensor = recipe.name in ("delayed", "tensorwise")
-    yield Demand("output features", 16, "they are the inner dimension of the dgrad GEMM", _CUBLAS)
+    source = LEADING_DIMENSION if per_tensor else BLOCKWISE_GEMM
+    yield Demand("output features", 16, "they are the inner dimension of the dgrad GEMM", source)
     if not per_tensor or capability is None or not any_gemm_layout(capability):
-        yield Demand("tokens", 16, "they are the inner dimension of the wgrad GEMM", _CUBLAS)
+        yield Demand("tokens", 16, "they are the inner dimension of the wgrad GEMM", source)
 
 
 def _fp4_gemm_demands(recipe: Recipe) -> Iterator[Demand]:
     """The inner dimension of each GEMM: leading dimensions of 16 bytes are 32 FP4 values."""
-    yield Demand("input features", 32, "they are the inner dimension of the fprop GEMM", _CUBLAS_FP4)
+    yield Demand("input features", 32, "they are the inner dimension of the fprop GEMM", CUBLAS_FP4)
     if recipe.operands().get("grad_output") is not None:
-        yield Demand("output features", 32, "they are the inner dimension of the dgrad GEMM", _CUBLAS_FP4)
-        yield Demand("tokens", 32, "they are the inner dimension of the wgrad GEMM", _CUBLAS_FP4)
+        yield Demand("output features", 32, "they are the inner dimension of the dgrad GEMM", CUBLAS_FP4)
+        yield Demand("tokens", 32, "they are the inner dimension of the wgrad GEMM", CUBLAS_FP4)
 
 
 def unmet(
@@ -263,6 +295,9 @@ def unmet(
         known = largest.get(demand.dimension)
         if known is None or demand.multiple > known.multiple:
             largest[demand.dimension] = demand
+    if model.packing_multiple is not None:
+        # Any number of whole multiples may come: what one holds decides.
+        model = replace(model, seq_length=model.packing_multiple, micro_batch_size=1)
     for linear in linears(model, parallel):
         for demand in largest.values():
             padded = linear.routed and demand.dimension in ("tokens", "local tokens")

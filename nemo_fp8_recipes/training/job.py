@@ -20,6 +20,7 @@ from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout
 from nemo_fp8_recipes.training.primary_weights import check_primary_weights
 from nemo_fp8_recipes.training.settings import read_settings
+from nemo_fp8_recipes.training.unsupported import check_supported
 from nemo_fp8_recipes.training.versions import installed_versions
 
 __all__ = ["run_job"]
@@ -41,6 +42,7 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(settings.model, settings.training, settings.parallel, processes)
     check_primary_weights(settings.recipe)
+    check_supported(settings.megatron, settings.training)
     job = start(config)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.

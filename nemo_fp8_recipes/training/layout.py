@@ -54,9 +54,7 @@ def check_layout(model: ModelConfig, training: TrainingConfig, sizes: ParallelSi
         ),
         ("model.num_layers", model.num_layers, "parallel.pp", sizes.pp),
         ("model.num_attention_heads", model.num_attention_heads, "parallel.tp", sizes.tp),
-        ("model.num_query_groups", model.num_query_groups, "parallel.tp", sizes.tp),
         ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", sizes.tp),
-        ("model.vocab_size", model.vocab_size, "parallel.tp", sizes.tp),
         ("model.seq_length", model.seq_length, "parallel.tp", sizes.tp if sizes.sequence else 1),
         ("model.seq_length", model.seq_length, "2 * parallel.cp", 2 * sizes.cp if sizes.cp > 1 else 1),
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_fp8_recipes.preflight import MegatronSettings
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.training.layout import ParallelSizes
 from nemo_fp8_recipes.training.schema import ModelConfig, OptimizerConfig
@@ -21,7 +22,13 @@ __all__ = ["build_gpt", "count_parameters", "transformer_config", "wrap"]
 
 
 def transformer_config(
-    model: ModelConfig, recipe: Recipe, sizes: ParallelSizes, *, emulated: bool, deterministic: bool
+    model: ModelConfig,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+    megatron: MegatronSettings,
+    *,
+    emulated: bool,
+    deterministic: bool,
 ) -> TransformerConfig:
     """Megatron's TransformerConfig for this model, recipe and parallelism.
 
@@ -68,6 +75,7 @@ def transformer_config(
         masked_softmax_fusion=native,
         apply_rope_fusion=native,
         **recipe.megatron(),
+        **megatron.transformer_fields(),
     )
 
 
@@ -84,7 +92,7 @@ def build_gpt(model: ModelConfig, config: TransformerConfig) -> GPTModel:
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
-        vocab_size=model.vocab_size,
+        vocab_size=model.padded_vocabulary(config.tensor_model_parallel_size),
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -158,9 +158,16 @@ class ModelConfig:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     rope_scaling_factor: float | None = None
+    make_vocab_size_divisible_by: int = 128
+    """Megatron pads the vocabulary to a multiple of this times the tensor-parallel ranks."""
     scale: str = "full"
     published: PublishedConfig | None = None
     hybrid: HybridConfig | None = None
+
+    def padded_vocabulary(self, tp: int) -> int:
+        """Rows of the embedding and of the output layer over `tp` tensor-parallel ranks."""
+        multiple = self.make_vocab_size_divisible_by * tp
+        return -(-self.vocab_size // multiple) * multiple
 
     def __post_init__(self) -> None:
         _one_of("model.scale", self.scale, SCALES)
@@ -176,6 +183,7 @@ class ModelConfig:
             _at_least(f"model.{field}", getattr(self, field), 1)
         for field in ("num_query_groups", "vocab_size", "kv_channels", "rotary_base"):
             _at_least(f"model.{field}", getattr(self, field), 1)
+        _at_least("model.make_vocab_size_divisible_by", self.make_vocab_size_divisible_by, 1)
         _at_least("model.seq_length", self.seq_length, 2)
         _one_of("model.activation", self.activation, ACTIVATIONS)
         _one_of("model.normalization", self.normalization, NORMALIZATIONS)
@@ -300,13 +308,15 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     resume: str | None = None
     stop_at_step: int | None = None
+    packing_multiple: int | None = None
+    """Sequences are packed to a number of tokens that is a multiple of this; None: no packing."""
     deterministic: bool = False
     distributed_timeout_minutes: int = 10
 
     def __post_init__(self) -> None:
         for field in ("steps", "micro_batch_size", "global_batch_size", "log_every"):
             _at_least(f"training.{field}", getattr(self, field), 1)
-        for field in ("keep_checkpoints", "stop_at_step", "distributed_timeout_minutes"):
+        for field in ("packing_multiple", "keep_checkpoints", "stop_at_step", "distributed_timeout_minutes"):
             _at_least(f"training.{field}", getattr(self, field), 1)
         for field in ("seed", "eval_batches", "save_every"):
             _at_least(f"training.{field}", getattr(self, field), 0)

@@ -163,6 +163,7 @@ class _Session:
             model,
             settings.recipe,
             self.sizes,
+            settings.megatron,
             emulated=self.invocation.emulated,
             deterministic=training.deterministic,
         )

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fp8_recipes import typed
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.preflight import MegatronSettings
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
@@ -42,6 +43,7 @@ class Settings:
     training: TrainingConfig
     parallel: ParallelSizes
     telemetry: TelemetryConfig
+    megatron: MegatronSettings
     device: str
     hardware: dict[str, Any]
     run_dir: str | None
@@ -88,6 +90,7 @@ def read_settings(config: DictConfig) -> Settings:
         training=_typed("training", config.training),
         parallel=_parallel(_plain(config.parallel)),
         telemetry=_typed("telemetry", config.telemetry),
+        megatron=typed.read(MegatronSettings, _plain(config.megatron), key="megatron", error=ConfigError),
         device=str(config.device),
         hardware=_plain(config.hardware),
         run_dir=config.run_dir,

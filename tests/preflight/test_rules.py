@@ -6,9 +6,17 @@ import pytest
 
 from nemo_fp8_recipes import config, preflight, recipes
 from nemo_fp8_recipes.errors import ConfigError, PreflightError
-from nemo_fp8_recipes.preflight import Finding, Hardware, ModelShape, Parallel, PreflightInput
+from nemo_fp8_recipes.preflight import (
+    Finding,
+    Hardware,
+    HybridShape,
+    MegatronSettings,
+    ModelShape,
+    Parallel,
+    PreflightInput,
+)
 
-H100 = Hardware(name="h100", display_name="H100", capability=(9, 0))
+H100 = Hardware(name="h100", display_name="H100", capability=(9, 0), memory_gb=80)
 B200 = Hardware(name="b200", display_name="B200", capability=(10, 0))
 L40S = Hardware(name="l40s", display_name="L40S", capability=(8, 9))
 A100 = Hardware(name="a100", display_name="A100", capability=(8, 0))
@@ -25,6 +33,23 @@ MODEL = ModelShape(
     seq_length=128,
     micro_batch_size=4,
 )
+LARGE = dataclasses.replace(
+    MODEL, num_layers=96, hidden_size=18432, ffn_hidden_size=73728, num_attention_heads=96, num_query_groups=8
+)
+EXPERTS = dataclasses.replace(
+    MODEL,
+    num_layers=4,
+    hybrid=HybridShape(
+        layer_pattern="*E*E",
+        mamba_num_heads=8,
+        mamba_head_dim=64,
+        mamba_state_dim=16,
+        mamba_num_groups=2,
+        num_experts=4,
+        experts_per_token=2,
+        expert_ffn_hidden_size=256,
+    ),
+)
 
 
 def job(
@@ -36,6 +61,7 @@ def job(
         model=model,
         parallel=parallel or Parallel(),
         te_version=changes.pop("te_version", "2.20.2"),
+        megatron=MegatronSettings(**changes.pop("megatron", {})),
         **changes,
     )
 
@@ -85,6 +111,26 @@ def test_the_refusal_names_the_reason_and_the_recipes_that_run():
     assert "quantization.py" in finding.source
 
 
+def selective(*modules):
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def offload(*modules):
+    return {"fine_grained_activation_offloading": True, "offload_modules": modules}
+
+
+def graphs(*scope, impl="local"):
+    return {"cuda_graph_impl": impl, "cuda_graph_scope": scope}
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OVERLAP = {"tp_comm_overlap": True}
+REUSE = {"reuse_grad_buf_for_mxfp8_param_ag": True}
+PADDING = {"moe_router_padding_for_quantization": True}
+SEQUENCE = Parallel(tp=2, sequence=True)
+ENDS = {"num_layers_at_start_in_bf16": 1}
+SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
 FOUND = [
     ("FP8-HW-002", job(hardware=Hardware()), job()),
     (
@@ -99,6 +145,22 @@ FOUND = [
     ),
     ("FP8-HW-004", job("blockwise", cuda_version=(12, 8)), job("blockwise", cuda_version=(12, 9))),
     ("FP8-HW-004", job("blockwise", cuda_version=(12, 8)), job("mxfp8", cuda_version=(12, 8))),
+    ("FP8-HW-004", job("mxfp8", cuda_version=(12, 6)), job("mxfp8", cuda_version=(12, 6), emulated=True)),
+    (
+        "FP8-HW-004",
+        job("delayed", hardware=L40S, cuda_version=(12, 0)),
+        job("delayed", hardware=H100, cuda_version=(12, 0)),
+    ),
+    (
+        "FP8-HW-005",
+        job("blockwise", te_version="2.8"),
+        job("blockwise", te_version="2.8", hardware=H100),
+    ),
+    (
+        "FP8-HW-006",
+        job("tensorwise", hardware=H100, model=LARGE),
+        job("tensorwise", hardware=H100, model=LARGE, parallel=Parallel(tp=8, pp=12)),
+    ),
     (
         "FP8-EMU-001",
         job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
@@ -109,6 +171,7 @@ FOUND = [
         job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
         job("nvfp4", emulated=True),
     ),
+    ("FP8-EMU-003", job(megatron=graphs(), emulated=True), job(megatron=graphs())),
     ("FP8-EMU-002", job(options={"fp8_dpa": True}, emulated=True), job(options={"fp8_dpa": True})),
     (
         "FP8-ATT-001",
@@ -121,6 +184,17 @@ FOUND = [
         job("tensorwise", options={"fp8_dpa": True}, hardware=H100),
         job("tensorwise", options={"fp8_dpa": True}),
     ),
+    (
+        "FP8-ATT-003",
+        job("delayed", options={"fp8_dpa": True}, hardware=RTX),
+        job("delayed", options={"fp8_dpa": True}),
+    ),
+    (
+        "FP8-ATT-004",
+        job(options={"fp8_dpa": True}, model=dataclasses.replace(MODEL, packing_multiple=64)),
+        job("delayed", options={"fp8_dpa": True}, model=dataclasses.replace(MODEL, packing_multiple=64)),
+    ),
+    ("FP8-ATT-005", job(options={"fp8_dpa": True}), job("delayed", options={"fp8_dpa": True})),
     (
         "FP8-NUM-001",
         job(options={"fp8_format": "hybrid"}),
@@ -138,7 +212,26 @@ FOUND = [
     ),
     ("FP8-NUM-003", job("delayed", options={"amax_compute_algo": "most_recent"}), job("delayed")),
     ("FP8-PAR-001", job(parallel=Parallel(pp=3)), job(parallel=Parallel(pp=2))),
-    ("FP8-PAR-001", job(parallel=Parallel(tp=8)), job(parallel=Parallel(tp=4))),
+    ("FP8-PAR-001", job(parallel=Parallel(tp=16)), job(parallel=Parallel(tp=4))),
+    # several ranks share a group of keys and values since Megatron-Core 0.16
+    (
+        "FP8-PAR-001",
+        job("tensorwise", parallel=Parallel(tp=8), megatron_core_version="0.15.3"),
+        job("tensorwise", parallel=Parallel(tp=8), megatron_core_version="0.16.1"),
+    ),
+    (
+        "FP8-PAR-001",
+        job(
+            "bf16",
+            model=dataclasses.replace(MODEL, num_attention_heads=12, num_query_groups=4, kv_channels=32),
+            parallel=Parallel(tp=6),
+        ),
+        job(
+            "bf16",
+            model=dataclasses.replace(MODEL, num_attention_heads=12, num_query_groups=4, kv_channels=32),
+            parallel=Parallel(tp=4),
+        ),
+    ),
     ("FP8-PAR-002", job(parallel=Parallel(ep=2)), job()),
     (
         "FP8-PLC-001",
@@ -160,12 +253,51 @@ FOUND = [
         job("blockwise", parallel=Parallel(tp=4, sequence=True)),
     ),
     (
+        "FP8-SHP-003",
+        job(model=dataclasses.replace(MODEL, vocab_size=250, make_vocab_size_divisible_by=128)),
+        job(model=dataclasses.replace(MODEL, make_vocab_size_divisible_by=128)),
+    ),
+    (
         "FP8-VER-001",
         job(options={"enable_2d_quantization": True}, te_version="2.18.0"),
         job(options={"enable_2d_quantization": True}),
     ),
     ("FP8-VER-001", job("nvfp4", te_version="2.7.0"), job("nvfp4", te_version="2.8.0")),
     ("FP8-VER-002", job(te_version=None), job()),
+    ("FP8-VER-003", job(megatron_core_version="0.11.0"), job(megatron_core_version="0.12.0")),
+    (
+        "FP8-VER-003",
+        job("nvfp4", megatron_core_version="0.14.1"),
+        job("nvfp4", megatron_core_version="0.15.0"),
+    ),
+    (
+        "FP8-VER-003",
+        job(megatron=offload("core_attn"), megatron_core_version="0.15.3"),
+        job(megatron=offload("core_attn"), megatron_core_version="0.16.1"),
+    ),
+    (
+        "FP8-VER-004",
+        job(nemo_version="2.7.3", megatron_core_version="0.16.1"),
+        job(nemo_version="2.7.3", megatron_core_version="0.15.3"),
+    ),
+    (
+        "FP8-VER-004",
+        job(bridge_version="0.6.2", megatron_core_version="0.16.1"),
+        job(bridge_version="0.6.2", megatron_core_version="0.19.2"),
+    ),
+    ("FP8-VER-005", job(nemo_version="3.0.0"), job(nemo_version="2.7.3")),
+    ("FP8-VER-006", job(python_version="3.10.4"), job(python_version="3.11.2")),
+    (
+        "FP8-VER-006",
+        job(python_version="3.11.2", bridge_version="0.6.2"),
+        job(python_version="3.12.1", bridge_version="0.6.2"),
+    ),
+    ("FP8-VER-007", job(te_version="2.5"), job(te_version="2.6")),
+    (
+        "FP8-VER-008",
+        job("tensorwise", te_version="2.8", megatron_core_version="0.16.1"),
+        job("tensorwise", te_version="2.9", megatron_core_version="0.16.1"),
+    ),
     (
         "FP8-ENV-001",
         job("blockwise", environment={"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}),
@@ -193,14 +325,122 @@ FOUND = [
     ),
     (
         "FP8-MIX-001",
-        job("delayed", recompute_modules=("core_attn", "layernorm")),
-        job("tensorwise", recompute_modules=("layernorm",)),
+        job("delayed", megatron=selective("core_attn", "layernorm")),
+        job("tensorwise", megatron=selective("layernorm")),
     ),
     (
         "FP8-MIX-001",
-        job("delayed", offload_modules=("expert_fc1",)),
-        job("delayed", offload_modules=("qkv",)),
+        job("delayed", megatron=selective("layernorm")),
+        job("delayed", megatron={"recompute_modules": ("layernorm",)}),  # not asked for
     ),
+    (
+        "FP8-MIX-001",
+        job("delayed", megatron=offload("expert_fc1"), model=EXPERTS),
+        job("delayed", megatron=offload("qkv_linear"), model=EXPERTS),
+    ),
+    ("FP8-RCP-001", job(megatron={"recompute_granularity": "full"}), job(megatron=FULL)),
+    ("FP8-RCP-001", job(megatron=FULL | {"recompute_method": None}), job(megatron=FULL)),
+    (
+        "FP8-RCP-001",
+        job(megatron=selective("mlp") | {"recompute_num_layers": 1}),
+        job(megatron=selective("mlp")),
+    ),
+    (
+        "FP8-RCP-001",
+        job(megatron=selective("moe_act") | {"moe_grouped_gemm": False}),
+        job(megatron=selective("moe_act")),
+    ),
+    ("FP8-RCP-001", job(megatron=selective("mla_up_proj")), job(megatron=selective("core_attn"))),
+    (
+        "FP8-RCP-002",
+        job(megatron=selective("layernorm"), te_version="2.5"),
+        job(megatron=selective("layernorm"), te_version="2.6"),
+    ),
+    ("FP8-RCP-003", job(megatron=offload()), job(megatron=offload("core_attn"))),
+    ("FP8-RCP-003", job(megatron=offload("attn_proj")), job(megatron=offload("attn_proj", "core_attn"))),
+    (
+        "FP8-GRF-001",
+        job(megatron=graphs("full_iteration", impl="transformer_engine")),
+        job(megatron=graphs("full_iteration")),
+    ),
+    (
+        "FP8-GRF-001",
+        job(megatron=graphs("moe_preprocess", impl="transformer_engine"), model=EXPERTS),
+        job(megatron=graphs("moe_preprocess"), model=EXPERTS),
+    ),
+    ("FP8-GRF-001", job(megatron=graphs("moe_router")), job(megatron=graphs("moe_router"), model=EXPERTS)),
+    ("FP8-GRF-001", job(megatron=graphs("moe"), model=EXPERTS), job(megatron=graphs("attn"), model=EXPERTS)),
+    ("FP8-GRF-002", job(megatron=graphs() | FULL), job(megatron=graphs("full_iteration") | FULL)),
+    (
+        "FP8-GRF-002",
+        job(megatron=graphs() | selective("core_attn"), attention_dropout=0.1),
+        job(megatron=graphs() | selective("core_attn")),
+    ),
+    (
+        "FP8-GRF-002",
+        job(
+            megatron=graphs("moe_router", impl="transformer_engine") | selective("moe"),
+            model=EXPERTS,
+        ),
+        job(megatron=graphs("moe_router") | selective("moe"), model=EXPERTS),
+    ),
+    ("FP8-GRF-003", job(megatron=graphs(), telemetry=True), job(megatron=graphs())),
+    ("FP8-GRF-004", job(megatron=graphs(), scheduled=True), job(scheduled=True)),
+    (
+        "FP8-GRF-005",
+        job(megatron=graphs(impl="transformer_engine"), environment=SEGMENTS),
+        job(
+            megatron=graphs(impl="transformer_engine"),
+            environment=SEGMENTS | {"NCCL_GRAPH_REGISTER": "0"},
+        ),
+    ),
+    ("FP8-OVL-001", job(megatron=OVERLAP), job(megatron=OVERLAP, parallel=SEQUENCE)),
+    (
+        "FP8-OVL-002",
+        job(megatron=OVERLAP, parallel=SEQUENCE, options=ENDS, te_version="2.7"),
+        job(megatron=OVERLAP, parallel=SEQUENCE, options=ENDS, te_version="2.8"),
+    ),
+    (
+        "FP8-OVL-002",
+        job(megatron=OVERLAP, parallel=SEQUENCE, options=ENDS, nemo_version="2.7.3"),
+        job(megatron=OVERLAP, parallel=SEQUENCE, nemo_version="2.7.3"),
+    ),
+    ("FP8-OVL-002", job(megatron=OVERLAP, parallel=SEQUENCE, scheduled=True), job(scheduled=True)),
+    (
+        "FP8-GTH-001",
+        job("blockwise", options={"fp8_param": True}, distributed_optimizer=False),
+        job("blockwise", options={"fp8_param": True}, distributed_optimizer=True),
+    ),
+    ("FP8-GTH-002", job(megatron=REUSE), job(megatron=REUSE, options={"fp8_param": True})),
+    ("FP8-GTH-002", job("blockwise", megatron=REUSE, options={"fp8_param": True}), job("blockwise")),
+    (
+        "FP8-GTH-003",
+        job(options={"fp8_param": True}, distributed_optimizer=True),
+        job(options={"fp8_param": True}, distributed_optimizer=True, megatron=REUSE),
+    ),
+    (
+        "FP8-GTH-003",
+        job(options={"fp8_param": True}, distributed_optimizer=True),
+        job(options={"fp8_param": True}),  # a recipe alone: whose optimizer is not known
+    ),
+    (
+        "FP8-MOE-001",
+        job(model=EXPERTS, megatron=PADDING | {"moe_token_dispatcher_type": "allgather"}),
+        job(model=EXPERTS, megatron=PADDING),
+    ),
+    ("FP8-MOE-001", job("bf16", model=EXPERTS, megatron=PADDING), job("bf16", model=EXPERTS)),
+    ("FP8-MOE-002", job(model=EXPERTS, te_version="1.10"), job(model=EXPERTS)),
+    (
+        "FP8-MOE-003",
+        job(model=dataclasses.replace(EXPERTS, micro_batch_size=1)),
+        job(model=dataclasses.replace(EXPERTS, micro_batch_size=64)),
+    ),
+    (
+        "FP8-AMX-001",
+        job("delayed", options={"reduce_amax": False}, parallel=Parallel(cp=2)),
+        job("delayed", parallel=Parallel(cp=2)),
+    ),
+    ("FP8-AMX-001", job("delayed", options={"tp_only_amax_red": True}), job("delayed")),
     ("FP8-MIX-002", job("delayed", options={"amax_compute_algo": "my.module:amax"}), job("delayed")),
 ]
 

@@ -36,8 +36,6 @@ def test_what_divides_passes(processes: int, overrides: tuple[str, ...]) -> None
         (1, ("training.global_batch_size=6",), "training.global_batch_size"),
         (2, (), "training.global_batch_size"),
         (3, ("parallel.pp=3",), "model.num_layers"),
-        (8, ("parallel.tp=8", "model.num_query_groups=4"), "model.num_query_groups"),
-        (2, ("parallel.tp=2", "model.vocab_size=257"), "model.vocab_size"),
         (2, ("parallel.tp=2", "parallel.sequence=true", "model.seq_length=97"), "model.seq_length"),
         (2, ("parallel.cp=2", "model.seq_length=126"), "model.seq_length"),
     ],

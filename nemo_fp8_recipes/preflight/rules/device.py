@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nemo_fp8_recipes.preflight.citation import Citation, engine, engine_cpp
+from nemo_fp8_recipes.preflight.cost import cost
 from nemo_fp8_recipes.preflight.hardware import BLACKWELL, CAPABILITIES, recipes_for, runs_on, spelled
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import OPERANDS, Blockwise
+from nemo_fp8_recipes.targets.versions import at_least
 
 # Options of a recipe that emulation/ has no kernels for, with the value that it has them for.
 NOT_EMULATED = {"nvfp4": {"nvfp4_4over6": "none"}}
 
-_QUANTIZATION = "transformer_engine/pytorch/quantization.py"
+_QUANTIZATION = "pytorch/quantization.py"
+_SUPPORT = engine(_QUANTIZATION, 224, "def check_recipe_support")
+BLOCKWISE_ON_BLACKWELL = "2.9"
 
 
 @rule(
     "FP8-HW-001",
     "error",
     "the GPU cannot run the recipe",
-    source=f"{_QUANTIZATION}: check_recipe_support",
+    source=(
+        _SUPPORT,
+        engine(_QUANTIZATION, 149, "def _compute_fp8_support"),
+        engine(_QUANTIZATION, 162, "def _compute_mxfp8_support"),
+        engine(_QUANTIZATION, 171, "def _compute_nvfp4_support"),
+        engine(_QUANTIZATION, 178, "def _compute_fp8_block_scaling_support"),
+    ),
     versions="transformer-engine >= 2.0",
 )
 def recipe_on_device(job: PreflightInput) -> Iterator[Problem]:
@@ -43,7 +54,7 @@ def recipe_on_device(job: PreflightInput) -> Iterator[Problem]:
     "FP8-HW-002",
     "info",
     "the GPU is not known yet",
-    source=f"{_QUANTIZATION}: check_recipe_support",
+    source=_SUPPORT,
 )
 def device_unknown(job: PreflightInput) -> Iterator[Problem]:
     if job.hardware.capability is None and job.recipe.precision != "bf16":
@@ -59,8 +70,8 @@ def device_unknown(job: PreflightInput) -> Iterator[Problem]:
     "FP8-HW-003",
     "error",
     "FP32 block scales do not run on Blackwell",
-    source="transformer_engine/common/transpose/quantize_transpose_vector_blockwise.cu",
-    versions="transformer-engine >= 2.3",
+    source=engine_cpp("common/transpose/quantize_transpose_vector_blockwise.cu", 535, "power of two scaling"),
+    versions="transformer-engine >= 2.9",
 )
 def fp32_block_scales(job: PreflightInput) -> Iterator[Problem]:
     capability = job.hardware.capability
@@ -84,20 +95,77 @@ def fp32_block_scales(job: PreflightInput) -> Iterator[Problem]:
 @rule(
     "FP8-HW-004",
     "error",
-    "block scaling needs CUDA 12.9",
-    source=f"{_QUANTIZATION}: _compute_fp8_block_scaling_support",
-    versions="transformer-engine >= 2.3",
+    "the recipe needs a newer CUDA",
+    source=(
+        engine(_QUANTIZATION, 184, "FP8 block scaled GEMM requires"),
+        engine(_QUANTIZATION, 158, "Cuda version 12.1 or higher required for FP8 execution on Ada."),
+        engine_cpp("common/gemm/cublaslt_gemm.cu", 502, "cublas_version() >= 120800"),
+    ),
+    versions="transformer-engine >= 2.0",
 )
-def cuda_for_blockwise(job: PreflightInput) -> Iterator[Problem]:
-    if job.emulated or job.recipe.name != "blockwise" or job.cuda_version is None:
+def cuda_for_recipe(job: PreflightInput) -> Iterator[Problem]:
+    if job.emulated or job.cuda_version is None:
         return
-    if job.cuda_version < (12, 9):
+    ada = job.hardware.capability == (8, 9)
+    needed = {"blockwise": (12, 9), "mxfp8": (12, 8), "nvfp4": (12, 8)}.get(
+        job.recipe.name, (12, 1) if ada and job.recipe.precision == "fp8" else None
+    )
+    if needed is not None and job.cuda_version < needed:
         yield Problem(
-            message="fp8_recipe=blockwise needs CUDA 12.9, and torch is built with CUDA "
-            f"{spelled(job.cuda_version)}.",
+            message=f"fp8_recipe={job.recipe.name} needs CUDA {spelled(needed)}"
+            f"{' on Ada' if job.recipe.name in ('delayed', 'tensorwise') else ''}, and torch is built with "
+            f"CUDA {spelled(job.cuda_version)}.",
             key="fp8_recipe",
-            value="blockwise",
-            fix="Use a build of torch for CUDA 12.9 or later.",
+            value=job.recipe.name,
+            fix=f"Use a build of torch for CUDA {spelled(needed)} or later.",
+        )
+
+
+@rule(
+    "FP8-HW-005",
+    "error",
+    "block scaling on Blackwell needs a newer Transformer Engine",
+    source=Citation(
+        "TransformerEngine",
+        "v2.8",
+        "transformer_engine/pytorch/fp8.py",
+        68,
+        "get_device_compute_capability() < (10, 0)",
+    ),
+    versions="transformer-engine 2.3 to 2.8",
+)
+def blockwise_on_blackwell(job: PreflightInput) -> Iterator[Problem]:
+    capability = job.hardware.capability
+    if job.recipe.name != "blockwise" or capability is None or capability < BLACKWELL:
+        return
+    if job.te_version is not None and not at_least(job.te_version, BLOCKWISE_ON_BLACKWELL):
+        yield Problem(
+            message=f"Before {BLOCKWISE_ON_BLACKWELL} Transformer Engine runs block scaling on Hopper only, "
+            f"and the job finds {job.te_version} on {job.hardware.display_name}.",
+            key="versions.te",
+            value=job.te_version,
+            fix=f"Upgrade Transformer Engine to {BLOCKWISE_ON_BLACKWELL} or later, or use fp8_recipe=mxfp8.",
+        )
+
+
+@rule(
+    "FP8-HW-006",
+    "warning",
+    "the model's weights do not fit",
+    source="Bytes of the linear layers' weights: docs/doctor.md",
+)
+def fits(job: PreflightInput) -> Iterator[Problem]:
+    memory = job.hardware.memory_gb
+    if memory is None or job.model is None:
+        return
+    held = cost(job.recipe, job.hardware.capability, job.model, job.parallel).weights
+    if held > memory * 1e9:
+        yield Problem(
+            message=f"The linear layers' weights alone take {held / 1e9:.0f} GB on each rank, and "
+            f"{job.hardware.display_name} has {memory} GB.",
+            key="parallel.tp",
+            value=job.parallel.tp,
+            fix="Cut the model over more ranks: parallel.tp, parallel.pp, parallel.ep.",
         )
 
 
@@ -114,6 +182,22 @@ def recipe_emulated(job: PreflightInput) -> Iterator[Problem]:
                 key=f"fp8_recipe.{option}",
                 value=value,
                 fix=f"Set fp8_recipe.{option}={emulated}, or run on a GPU.",
+            )
+
+
+@rule("FP8-EMU-003", "error", "a setting of Megatron is not emulated", source="nemo_fp8_recipes/emulation")
+def settings_emulated(job: PreflightInput) -> Iterator[Problem]:
+    if not job.emulated:
+        return
+    off = {"cuda_graph_impl": "none", "fine_grained_activation_offloading": False, "tp_comm_overlap": False}
+    for key, value in off.items():
+        found = getattr(job.megatron, key)
+        if found != value:
+            yield Problem(
+                message=f"megatron.{key}={str(found).lower()} needs a GPU: it is not emulated.",
+                key=f"megatron.{key}",
+                value=found,
+                fix=f"Set megatron.{key}={str(value).lower()}, or run on a GPU.",
             )
 
 

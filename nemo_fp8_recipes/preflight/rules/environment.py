@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nemo_fp8_recipes.preflight.citation import engine
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.targets import te_environment
@@ -13,7 +14,12 @@ from nemo_fp8_recipes.targets import te_environment
     "FP8-ENV-001",
     "warning",
     "an environment variable disagrees with the recipe",
-    source="transformer_engine/common/recipe/__init__.py",
+    source=(
+        engine("common/recipe/__init__.py", 429, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"),
+        engine("common/recipe/__init__.py", 302, "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"),
+        engine("common/recipe/__init__.py", 261, "NVTE_BACKWARD_OVERRIDE"),
+        engine("common/recipe/__init__.py", 558, "NVTE_NVFP4_DISABLE_RHT"),
+    ),
     versions="transformer-engine >= 2.2",
 )
 def defaults_disagree(job: PreflightInput) -> Iterator[Problem]:
@@ -37,7 +43,7 @@ def defaults_disagree(job: PreflightInput) -> Iterator[Problem]:
     "FP8-ENV-002",
     "warning",
     "an environment variable changes the recipe inside attention",
-    source="transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py",
+    source=engine("pytorch/attention/dot_product_attention/utils.py", 584, 'if _dpa_fp8_recipe != ""'),
     versions="transformer-engine >= 2.8",
 )
 def attention_overridden(job: PreflightInput) -> Iterator[Problem]:
@@ -56,7 +62,7 @@ def attention_overridden(job: PreflightInput) -> Iterator[Problem]:
     "FP8-ENV-003",
     "warning",
     "NVTE_UNFUSED_FP8_UPDATE changes delayed scaling",
-    source="transformer_engine/pytorch/quantization.py: reduce_and_update_fp8_tensors",
+    source=engine("pytorch/quantization.py", 688, "NVTE_UNFUSED_FP8_UPDATE"),
 )
 def unfused_update(job: PreflightInput) -> Iterator[Problem]:
     text = job.environment.get("NVTE_UNFUSED_FP8_UPDATE", "0")

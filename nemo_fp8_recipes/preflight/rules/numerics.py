@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nemo_fp8_recipes.preflight.citation import engine_cpp
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import Blockwise, Delayed, Mxfp8
@@ -46,7 +47,7 @@ def two_dimensional_gradients(job: PreflightInput) -> Iterator[Problem]:
     "FP8-NUM-003",
     "warning",
     "a short amax history",
-    source="transformer_engine/common/recipe/delayed_scaling.cu",
+    source=engine_cpp("common/recipe/delayed_scaling.cu", 114, "switch (amax_compute_algo)"),
 )
 def short_history(job: PreflightInput) -> Iterator[Problem]:
     recipe = job.recipe

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nemo_fp8_recipes.preflight.citation import core
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import QuantizedRecipe
+from nemo_fp8_recipes.targets.versions import at_least
 
-_CONFIG = "megatron/core/transformer/transformer_config.py: __post_init__"
+_CONFIG = "transformer/transformer_config.py"
+FEWER_GROUPS_SINCE = "0.16"
 
 
-@rule("FP8-PAR-001", "error", "a size does not divide over the ranks", source=_CONFIG)
+@rule(
+    "FP8-PAR-001",
+    "error",
+    "a size does not divide over the ranks",
+    source=(
+        core(_CONFIG, 926, "num_attention_heads ({self.num_attention_heads}) must be a multiple of"),
+        core(_CONFIG, 944, "must be a multiple or divisor of"),
+        core("transformer/moe/moe_layer.py", 101, "assert self.config.num_moe_experts % ep_size == 0"),
+        core("utils.py", 468, "is not divisible by"),
+    ),
+)
 def divides(job: PreflightInput) -> Iterator[Problem]:
     model, parallel = job.model, job.parallel
     if model is None:
@@ -19,10 +32,18 @@ def divides(job: PreflightInput) -> Iterator[Problem]:
     sizes = [
         ("model.num_layers", model.num_layers, "parallel.pp", parallel.pp),
         ("model.num_attention_heads", model.num_attention_heads, "parallel.tp", parallel.tp),
-        ("model.num_query_groups", model.num_query_groups, "parallel.tp", parallel.tp),
         ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", parallel.tp),
-        ("model.vocab_size", model.vocab_size, "parallel.tp", parallel.tp),
     ]
+    if not _fewer_groups_allowed(job) or model.num_query_groups >= parallel.tp:
+        sizes.append(("model.num_query_groups", model.num_query_groups, "parallel.tp", parallel.tp))
+    elif parallel.tp % model.num_query_groups:
+        yield Problem(
+            message=f"parallel.tp={parallel.tp} is neither a multiple nor a divisor of "
+            f"model.num_query_groups={model.num_query_groups}.",
+            key="model.num_query_groups",
+            value=model.num_query_groups,
+            fix=f"Use a divisor of {parallel.tp}, or another parallel.tp.",
+        )
     if model.hybrid is not None:
         for name in ("mamba_num_heads", "mamba_num_groups"):
             sizes.append((f"model.hybrid.{name}", getattr(model.hybrid, name), "parallel.tp", parallel.tp))
@@ -42,11 +63,17 @@ def divides(job: PreflightInput) -> Iterator[Problem]:
             )
 
 
+def _fewer_groups_allowed(job: PreflightInput) -> bool:
+    """Whether several ranks may share one group of keys and values."""
+    version = job.megatron_core_version
+    return version is None or at_least(version, FEWER_GROUPS_SINCE)
+
+
 @rule(
     "FP8-PAR-002",
     "error",
     "expert parallelism without experts",
-    source="megatron/core/transformer/transformer_config.py: __post_init__, line 1048 in 0.16.1",
+    source=core(_CONFIG, 1049, "num_moe_experts must be non None to use expert-parallel."),
 )
 def experts_to_cut(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or job.parallel.ep == 1:
@@ -60,7 +87,15 @@ def experts_to_cut(job: PreflightInput) -> Iterator[Problem]:
         )
 
 
-@rule("FP8-PLC-001", "error", "more BF16 layers than a pipeline stage has", source=_CONFIG)
+@rule(
+    "FP8-PLC-001",
+    "error",
+    "more BF16 layers than a pipeline stage has",
+    source=(
+        core(_CONFIG, 1005, "num_layers_at_start_in_bf16"),
+        core(_CONFIG, 1014, "num_layers_at_end_in_bf16"),
+    ),
+)
 def bf16_layers_fit(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or not isinstance(job.recipe, QuantizedRecipe) or not job.recipe.layers_in_bf16:
         return

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from nemo_fp8_recipes.preflight.citation import engine, megatron_lm
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
-from nemo_fp8_recipes.preflight.shapes import Demand, Linear, ModelShape, linears, unmet
+from nemo_fp8_recipes.preflight.shapes import (
+    EXECUTION,
+    LEADING_DIMENSION,
+    MXFP8_QUANTIZER,
+    NVFP4_QUANTIZER,
+    Demand,
+    Linear,
+    ModelShape,
+    linears,
+    unmet,
+)
 
 # Keys that change a dimension, the one to change first in front.
 _TOKENS = ("seq_length", "micro_batch_size")
+_PACKED_TOKENS = ("packing_multiple",)
 _OUTPUT = {
     "self_attention.linear_qkv": ("num_attention_heads", "kv_channels"),
     "self_attention.linear_proj": ("hidden_size",),
@@ -39,7 +51,7 @@ _INPUT = {
     "mlp.shared_experts.linear_fc1": ("hidden_size",),
     "mlp.shared_experts.linear_fc2": ("hybrid.shared_expert_ffn_hidden_size",),
 }
-_GROUP = {"micro_batch_size": "training"}
+_GROUP = {"micro_batch_size": "training", "packing_multiple": "training"}
 _SEARCH = 8192
 
 
@@ -47,7 +59,7 @@ _SEARCH = 8192
     "FP8-SHP-001",
     "error",
     "a GEMM dimension that the recipe cannot take",
-    source="transformer_engine/pytorch/utils.py, csrc/quantizer.cpp, common/gemm/cublaslt_gemm.cu",
+    source=(EXECUTION, MXFP8_QUANTIZER, NVFP4_QUANTIZER, LEADING_DIMENSION),
     versions="transformer-engine >= 2.0",
 )
 def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
@@ -56,7 +68,7 @@ def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
     told: set[str] = set()
     found = list(unmet(job.recipe, job.hardware.capability, job.model, job.parallel))
     for linear, demand in sorted(found, key=lambda pair: -pair[1].multiple):
-        keys = _keys(linear, demand)
+        keys = _keys(job.model, linear, demand)
         if keys[0] in told:
             continue  # the values offered put all its layers right
         told.add(keys[0])
@@ -74,9 +86,9 @@ def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
         )
 
 
-def _keys(linear: Linear, demand: Demand) -> tuple[str, ...]:
+def _keys(model: ModelShape, linear: Linear, demand: Demand) -> tuple[str, ...]:
     if demand.dimension in ("tokens", "local tokens"):
-        return _TOKENS
+        return _TOKENS if model.packing_multiple is None else _PACKED_TOKENS
     return (_OUTPUT if demand.dimension == "output features" else _INPUT)[linear.name]
 
 
@@ -113,7 +125,7 @@ def _right(job: PreflightInput, subject: str, model: ModelShape) -> bool:
     if model.num_attention_heads % model.num_query_groups or not _divides(model, job):
         return False
     left = unmet(job.recipe, job.hardware.capability, model, job.parallel)
-    return all(_keys(linear, demand)[0] != subject for linear, demand in left)
+    return all(_keys(model, linear, demand)[0] != subject for linear, demand in left)
 
 
 def _divides(model: ModelShape, job: PreflightInput) -> bool:
@@ -130,7 +142,7 @@ def _divides(model: ModelShape, job: PreflightInput) -> bool:
     "FP8-SHP-002",
     "warning",
     "the quantised all-gather falls back to BF16",
-    source="transformer_engine/pytorch/distributed.py: _start_all_gather_fp8_blockwise",
+    source=engine("pytorch/distributed.py", 1148, "if not quantizer.is_quantizable(inp)"),
     versions="transformer-engine >= 2.3",
 )
 def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
@@ -145,3 +157,23 @@ def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
                 value=job.model.seq_length,
                 fix="Make tokens per rank and model.hidden_size multiples of 128.",
             )
+
+
+@rule(
+    "FP8-SHP-003",
+    "info",
+    "the vocabulary is padded",
+    source=megatron_lm("megatron/training/tokenizer/tokenizer.py", 122, "multiple = args.make_vocab"),
+)
+def padded_vocabulary(job: PreflightInput) -> Iterator[Problem]:
+    if job.model is None:
+        return
+    padded = job.model.padded_vocabulary(job.parallel.tp)
+    if padded != job.model.vocab_size:
+        yield Problem(
+            message=f"model.vocab_size={job.model.vocab_size} is padded to {padded} rows: a multiple of "
+            f"model.make_vocab_size_divisible_by={job.model.make_vocab_size_divisible_by} x "
+            f"parallel.tp={job.parallel.tp}. The output layer itself stays in BF16.",
+            key="model.vocab_size",
+            value=job.model.vocab_size,
+        )

@@ -1,0 +1,45 @@
+"""Every line of a peer's source that a rule names says what the rule says it says."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import pytest
+
+from nemo_fp8_recipes import preflight
+from nemo_fp8_recipes.preflight import shapes
+
+SOURCES = "NEMO_FP8_PEER_SOURCES"  # directories that hold checkouts too, each named <repository>@<tag>
+CITED = {str(citation): citation for rule in preflight.all_rules().values() for citation in rule.cites} | {
+    str(shapes.BLOCKWISE_GEMM): shapes.BLOCKWISE_GEMM
+}
+
+
+def text(citation) -> list[str] | None:
+    """The lines of the file cited, from the installed package or from a checkout of that tag."""
+    for directory in filter(None, os.environ.get(SOURCES, "").split(os.pathsep)):
+        path = Path(directory) / f"{citation.package}@{citation.version}" / citation.path
+        if path.is_file():
+            return path.read_text(encoding="utf-8").splitlines()
+    try:
+        distribution = importlib.metadata.distribution(citation.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if distribution.version != citation.version:
+        return None
+    return Path(str(distribution.locate_file(citation.path))).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("cited", CITED)
+def test_the_line_is_there(cited):
+    citation = CITED[cited]
+    lines = text(citation)
+    if lines is None:
+        pytest.skip(f"{citation.package} {citation.version} is neither installed nor in {SOURCES}")
+    assert citation.words in lines[citation.line - 1]
+
+
+def test_every_rule_says_where_it_comes_from():
+    assert all(rule.sources and all(map(str, rule.sources)) for rule in preflight.all_rules().values())
+    python_packages = [c for c in CITED.values() if c.package in ("megatron-core", "transformer-engine")]
+    assert len(python_packages) > 40

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from nemo_fp8_recipes import recipes, typed
+from nemo_fp8_recipes import typed
 from nemo_fp8_recipes.errors import ConfigError, PreflightError, nearest
 from nemo_fp8_recipes.preflight import driver
 from nemo_fp8_recipes.preflight.finding import Finding, worst_first

@@ -2,6 +2,7 @@
 #   make train                                   install, then: nemo-fp8 train fp8_recipe=mxfp8
 #   make train ARGS="fp8_recipe=blockwise training.steps=200"
 #   make test                                    the test suite
+#   make test-browser                            the HTML report in Chromium
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test lint clean
+.PHONY: train test test-browser lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -24,6 +25,14 @@ train: $(VENV)/.installed-cpu
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(ARGS)
+
+# The HTML report in a real browser. Chromium comes from apt where this may install it.
+test-browser: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[cpu,test,browser]'
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	  || echo "There is no chromedriver, and it cannot be installed here: the browser tests will be skipped."
+	$(BIN)/python -m pytest tests/browser $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from nemo_fp8_recipes.telemetry.series import FP8_MAX, TENSORS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["TensorEffect", "effects"]
+__all__ = ["TensorEffect", "effects", "operand_order"]
 
 _ROUNDS_TO_MAX = {"e4m3": 464.0 / 448.0, "e5m2": 61440.0 / 57344.0}
 """Scaled values up to this multiple of the largest value lose no more than any value does by rounding."""
@@ -86,7 +86,7 @@ def effects(table: pa.Table, order: Sequence[str] = ()) -> list[TensorEffect]:
             numbers.setdefault(key, {}).setdefault(stat, {})[step] = value
     return [
         _effect(key, kinds[key][1:], numbers[key], windows.get(key, (0, None))[1])
-        for key in sorted(numbers, key=lambda key: (position.get(key[0], len(position)), _order(key)))
+        for key in sorted(numbers, key=lambda key: (position.get(key[0], len(position)), operand_order(key)))
         if "amax" in numbers[key] or "amax_bound" in numbers[key]
     ]
 
@@ -127,8 +127,8 @@ def _effect(
     )
 
 
-def _order(key: tuple[str, str]) -> tuple[list[tuple[int, int, str]], int]:
-    """Numbers in a path compare as numbers: layer 10 comes after layer 9."""
+def operand_order(key: tuple[str, str]) -> tuple[list[tuple[int, int, str]], int]:
+    """Sort key of a (module, tensor). Numbers in a path compare as numbers: layer 10 comes after layer 9."""
     module, tensor = key
     path = [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in module.split(".")]
     return path, TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS)

@@ -103,7 +103,7 @@ def farewell(
     rows["run directory"] = shown
     if tensorboard:
         rows["TensorBoard"] = f"tensorboard --logdir {shown}/tensorboard"
-    rows["report"] = f"nemo-fp8 report --text {shown}"
+    rows["report"] = f"nemo-fp8 report --html {shown}"
     if resumable:
         rows["go on"] = f"nemo-fp8 train training.resume={shown} … (with the same overrides)"
     console.print()

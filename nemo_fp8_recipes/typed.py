@@ -174,6 +174,7 @@ def read(
         if name not in fields:
             raise unknown_key(str(name), list(fields), key, error)
         inner = getattr(base, name) if base is not None else _default(fields[name])
+        inner = None if inner is dataclasses.MISSING else inner
         arguments[name] = coerce(value, hints[name], f"{key}.{name}" if key else name, error, base=inner)
     for name, field in fields.items():
         if name not in arguments and _default(field) is dataclasses.MISSING:

@@ -20,7 +20,7 @@ def document(run_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         schema_version, run (`run.json`), loss (first and last step and loss), tensors (the fields of
-        `TensorEffect` and growth). A number that is not finite is None.
+        `TensorEffect` and growth), alerts (the fields of `Alert`). A number that is not finite is None.
 
     Raises:
         ReportError: see `run.load`.
@@ -42,6 +42,7 @@ def document(run_dir: str | Path) -> dict[str, Any]:
                 "last_step": losses[-1][0],
                 "last": losses[-1][1],
             },
+            "alerts": [alert.to_dict() for alert in run.alerts],
             "tensors": [
                 {**dataclasses.asdict(effect), "growth": effect.growth} for effect in effects(run.telemetry)
             ],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_fp8_recipes.errors import Fp8Error, ReportError
 from nemo_fp8_recipes.injection.rows import Manifest
 from nemo_fp8_recipes.telemetry import store
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.training.metrics import read_metrics
 from nemo_fp8_recipes.training.run_directory import read_run
 
@@ -30,6 +31,7 @@ class Run:
         metrics: rows of `metrics.jsonl`, ascending by step; a number that was not finite is None.
         manifest: what each module did, None before the first step has ended.
         telemetry: rows of the telemetry store.
+        alerts: what the alert rules reported, ascending by step.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...]
     manifest: Manifest | None
     telemetry: pa.Table
+    alerts: tuple[Alert, ...] = ()
 
     @property
     def recipe(self) -> str:
@@ -75,6 +78,7 @@ def load(path: str | Path) -> Run:
         tuple(_metrics(path / "metrics.jsonl")),
         _manifest(path / "manifest.json"),
         store.read(path, stat=None),
+        tuple(store.read_alerts(path)),
     )
 
 

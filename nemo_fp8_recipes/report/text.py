@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+
 __all__ = ["render"]
 
 MAX_ROWS = 60
@@ -41,6 +43,7 @@ def render(run_dir: str | Path, console: Console, *, all_layers: bool = False) -
         console.print()
         console.print(run.manifest.table())
     _effect(run, console, unicode=unicode, all_layers=all_layers)
+    _alerts(run, console)
 
 
 def _header(run: Run, console: Console) -> None:
@@ -127,6 +130,26 @@ def _effect(run: Run, console: Console, *, unicode: bool, all_layers: bool) -> N
         console.print(Text(line, style="dim"))
     for line in _remarks(found):
         console.print(Text(line, style="yellow"))
+
+
+def _alerts(run: Run, console: Console) -> None:
+    """Each rule that was violated: how often, and its last message, which says what to do."""
+    from rich.text import Text
+
+    if not run.alerts:
+        return
+    console.print()
+    console.print(Text(f"Alerts ({len(run.alerts)}, telemetry/alerts.jsonl)", style="bold"))
+    rules: dict[str, list[Alert]] = {}
+    for alert in run.alerts:
+        rules.setdefault(alert.rule, []).append(alert)
+    for rule, alerts in rules.items():
+        first, last = alerts[0], alerts[-1]
+        if len(alerts) == 1:
+            when = f"in step {first.step}"
+        else:
+            when = f"{len(alerts)} times in steps {first.step} to {last.step}, last"
+        console.print(Text.assemble((f"{rule} ", "bold yellow"), f"{when}: {last.message}"))
 
 
 def _nothing(run: Run) -> str:

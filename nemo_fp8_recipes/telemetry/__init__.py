@@ -7,7 +7,7 @@ wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nemo_fp8_recipes.recipes import Recipe
+    from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+    from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
     from nemo_fp8_recipes.telemetry.recorder import Recorder
 
 __all__ = ["attach"]
@@ -26,12 +28,14 @@ def attach(
     *,
     directory: str | Path,
     log_every: int = 10,
-    sinks: Iterable[str] = ("parquet", "tensorboard"),
+    sinks: Iterable[Any] = ("parquet", "tensorboard"),
     is_writer: bool | None = None,
     history: bool = True,
     flush_every: int = 10,
     group: Any | None = None,
     device: str | None = None,
+    alerts: AlertsConfig | None = None,
+    on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
 ) -> Recorder:
     """A recorder for `model`. Every rank of `group` calls this, and every method of what it returns.
 
@@ -40,12 +44,17 @@ def attach(
         recipe: the recipe of the run; bf16 observes nothing, and only training metrics are logged.
         directory: the run directory.
         log_every: optimizer steps between two logging steps; step 1 is always one.
-        sinks: any of "parquet", "tensorboard", "jsonl".
+        sinks: any of "parquet", "tensorboard", "jsonl", "wandb", "megatron", and objects: a
+            `sinks.base.Sink`, a Lightning logger, a SummaryWriter, a W&B run; see docs/telemetry.md.
         is_writer: whether this rank writes; None: rank 0 of `group` does.
         history: store delayed scaling's amax history windows.
         flush_every: logging steps between two flushes.
         group: process group over which values are combined; None: all ranks, if torch.distributed runs.
         device: what the store says it was recorded on, e.g. "emulated b200"; None asks torch.
+        alerts: which rules; None: those of conf/alerts/default.yaml.
+        on_alert: called with the alerts of a logging step when the next step begins: on every rank, with the
+            same alerts, so that it may save a checkpoint, change the recipe or end the loop. Costs one
+            broadcast of one number a logging step where there are several ranks.
 
     Raises:
         ConfigError: no such sink, or an interval below 1.
@@ -54,12 +63,21 @@ def attach(
     import torch.distributed as dist
 
     from nemo_fp8_recipes import __version__
+    from nemo_fp8_recipes.telemetry.alerts.schema import default_alerts
+    from nemo_fp8_recipes.telemetry.alerts.watch import Watch, reduces_amax
     from nemo_fp8_recipes.telemetry.exchange import Exchange
     from nemo_fp8_recipes.telemetry.recorder import Recorder
     from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
     from nemo_fp8_recipes.telemetry.sinks import build
 
-    config = TelemetryConfig(log_every=log_every, sinks=list(sinks), history=history, flush_every=flush_every)
+    given = list(sinks)
+    config = TelemetryConfig(
+        log_every=log_every,
+        sinks=[sink for sink in given if isinstance(sink, str)],
+        history=history,
+        flush_every=flush_every,
+    )
+    alerts = alerts if alerts is not None else default_alerts()
     distributed = dist.is_available() and dist.is_initialized()
     if is_writer is None:
         is_writer = not distributed or dist.get_rank(group) == 0
@@ -75,8 +93,10 @@ def attach(
     return Recorder(
         model if recipe.precision != "bf16" else None,
         Exchange(group, writer=is_writer),
-        build(config.sinks, Path(directory), metadata) if is_writer else [],
+        build(given, Path(directory), metadata) if is_writer else [],
         log_every=config.log_every,
         flush_every=config.flush_every,
         history=config.history,
+        watch=Watch(alerts, amax_reduced=reduces_amax(recipe.to_dict())) if is_writer else None,
+        on_alert=on_alert if alerts.enabled else None,
     )

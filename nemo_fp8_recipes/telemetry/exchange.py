@@ -7,7 +7,8 @@ places and leaves the others empty; one all-reduce with the maximum then gives e
 
 That the maximum also serves minima, means and NaN is a matter of encoding: an fp32 becomes the int32 of the
 same order, with NaN above +Inf; a minimum is stored complemented; a mean has a place for each rank, and every
-rank's own number counts once. Integers
+rank's own number counts once; the scale of delayed scaling, on which the ranks should agree, has a place for
+its minimum and one for its maximum. Integers
 reduce the same way in NCCL and gloo, whose floating-point maxima differ on NaN.
 
 Place 0 says whether a rank read something the layout does not have yet. Then, and in the first logging step,
@@ -29,6 +30,9 @@ from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
 __all__ = ["Exchange", "InFlight", "decode", "encode"]
+
+RANGED = "scale"
+"""The minimum that is taken with its maximum, `scale_max`; that is given where the two differ."""
 
 _ABSENT = -(2**31)
 _NAN = 2**31 - 1
@@ -73,7 +77,10 @@ class _Layout:
         starts, place = {}, 1
         for spec in ordered:
             starts[spec] = place
-            place += world_size if spec.combine in _AVERAGES else spec.length
+            if spec.combine in _AVERAGES:
+                place += world_size
+            else:
+                place += spec.length * (2 if _ranged(spec) else 1)
         return cls(ordered, starts, place)
 
 
@@ -135,7 +142,13 @@ class Exchange:
         self._indices = IndexCache()
         self._known: set[ReadingSpec] = set()
         self._layout: _Layout | None = None
+        self._source: int | None = None
         self._plan: tuple[_Layout, tuple[ReadingSpec, ...], _Plan] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """There is one rank only."""
+        return self._world_size == 1
 
     def start(self, reading: Reading | None, device: torch.device) -> InFlight:
         """Reduce over ranks and start the copy to the host. Every rank calls this in every logging step, also
@@ -162,6 +175,31 @@ class Exchange:
         device = reading.values.device if reading is not None else self._device()
         return self.take(self._reduce(layout, reading, device).cpu().numpy())
 
+    def same_everywhere(self, value: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+        """The writer's `value` on every rank; collective. Where it is empty, as it mostly is, this costs one
+        broadcast of one number; `value` must be picklable.
+        """
+        if self._world_size == 1:
+            return value
+        if self._source is None:
+            self._source = self._writing_rank(device)
+        count = torch.tensor([len(value) if self._writer else 0], dtype=torch.int32, device=device)
+        dist.broadcast(count, self._source, group=self._group)
+        if not int(count):
+            return ()
+        given = [value if self._writer else None]
+        dist.broadcast_object_list(given, self._source, group=self._group)
+        return tuple(given[0] or ())
+
+    def _writing_rank(self, device: torch.device) -> int:
+        """The first rank that writes, as torch.distributed counts it. Collective."""
+        mine = torch.tensor(
+            [self._rank if self._writer else self._world_size], dtype=torch.int32, device=device
+        )
+        dist.all_reduce(mine, op=dist.ReduceOp.MIN, group=self._group)
+        rank = int(mine) % self._world_size  # nobody writes: rank 0 says that there is nothing
+        return rank if self._group is None else int(dist.get_global_rank(self._group, rank))
+
     def take(self, places: np.ndarray) -> dict[ReadingSpec, np.ndarray]:
         """The values in the places of the layout; specs that no rank had in this step are left out."""
         layout = self._layout
@@ -170,7 +208,8 @@ class Exchange:
         minimum = np.zeros(layout.size, dtype=bool)
         for spec in layout.specs:
             if spec.combine == "min":
-                minimum[layout.starts[spec]] = True
+                start = layout.starts[spec]
+                minimum[start : start + spec.length] = True
         values = decode(places, minimum)
         found = {}
         for spec in layout.specs:
@@ -184,7 +223,11 @@ class Exchange:
                     mean = present.mean() if spec.combine == "mean" else np.sqrt(np.square(present).mean())
                     found[spec] = np.asarray([mean], dtype=np.float32)
             elif places[start] != _ABSENT:
-                found[spec] = values[start : start + spec.length]
+                end = start + spec.length
+                found[spec] = values[start:end]
+                if _ranged(spec) and values[end] != values[start]:
+                    largest = spec._replace(name=f"{spec.name}_max", combine="max")
+                    found[largest] = values[end : end + spec.length]
         return found
 
     def _agree(self) -> _Layout:
@@ -227,6 +270,10 @@ class Exchange:
                 places.append(np.arange(start, start + spec.length))
                 source.append(np.arange(position, position + spec.length))
                 minimum.append(np.full(spec.length, spec.combine == "min"))
+                if _ranged(spec):
+                    places.append(places[-1] + spec.length)
+                    source.append(source[-1])
+                    minimum.append(np.zeros(spec.length, dtype=bool))
             position += spec.length
         plan = _Plan(_joined(places), _joined(source), _joined(minimum), unknown)
         self._plan = (layout, reading.specs, plan)
@@ -235,6 +282,10 @@ class Exchange:
     def _device(self) -> torch.device:
         backend = dist.get_backend(self._group) if self._distributed else "gloo"
         return torch.device("cuda") if backend == "nccl" else torch.device("cpu")
+
+
+def _ranged(spec: ReadingSpec) -> bool:
+    return spec.name == RANGED and spec.combine == "min"
 
 
 def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:

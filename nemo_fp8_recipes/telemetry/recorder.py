@@ -5,19 +5,23 @@
       optimizer step
     end_step(step, metrics)     logging step: the seam closes, a few kernels over all modules, one collective,
                                 one copy to pinned memory is started; metrics go to the sinks
-    begin_step(step + 1)        the copy has long arrived: the values go to the sinks, one call each
+    begin_step(step + 1)        the copy has long arrived: the rules look at the values, and they go to the
+                                sinks, one call each, with what the rules say
 
 Outside logging steps `begin_step` and `end_step` launch nothing, copy nothing and wait for nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+from nemo_fp8_recipes.telemetry.alerts.watch import Watch
 from nemo_fp8_recipes.telemetry.derive import derive
 from nemo_fp8_recipes.telemetry.exchange import Exchange, InFlight
 from nemo_fp8_recipes.telemetry.observer import Observer
@@ -25,7 +29,11 @@ from nemo_fp8_recipes.telemetry.sinks.base import Sink
 from nemo_fp8_recipes.telemetry.sinks.guard import GuardedSink
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
+
+    from nemo_fp8_recipes.telemetry.probes.base import ReadingSpec
+    from nemo_fp8_recipes.telemetry.series import StepValues
 
 __all__ = ["Recorder"]
 
@@ -44,6 +52,9 @@ class Recorder:
         log_every: optimizer steps between two logging steps.
         flush_every: logging steps between two flushes of the sinks.
         history: whether to read delayed scaling's windows.
+        watch: the alert rules, where the values are; None for none.
+        on_alert: called with the alerts of a step, on every rank with the same ones, before the next step;
+            it may use collectives. None asks the ranks for no agreement on them.
     """
 
     def __init__(
@@ -55,7 +66,11 @@ class Recorder:
         log_every: int,
         flush_every: int,
         history: bool,
+        watch: Watch | None = None,
+        on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
     ) -> None:
+        self._watch = watch
+        self._on_alert = on_alert
         self._observer = Observer(model, history=history) if model is not None else None
         self._device = _device_of(model)
         self._exchange = exchange
@@ -108,6 +123,8 @@ class Recorder:
     def truncate_after(self, step: int) -> None:
         """Training resumes after `step`: forget everything logged later. No gap and no duplicate follows."""
         self._deliver()
+        if self._watch is not None:
+            self._watch.forget()
         for sink in self._sinks:
             sink.truncate_after(step)
 
@@ -119,6 +136,8 @@ class Recorder:
             self._observer.abandon()
         self._recording = None
         self._deliver(collective=False)
+        if self._watch is not None:
+            self._watch.report_blind()
         for sink in self._sinks:
             sink.flush()
             sink.close()
@@ -137,7 +156,13 @@ class Recorder:
         step, in_flight = self._in_flight
         self._in_flight = None
         found = in_flight.result(collective=collective)
-        if not self._sinks:
+        values = self._watched(step, found) if self._sinks or self._watch is not None else None
+        if self._on_alert is not None and (collective or self._exchange.alone):
+            mine = values.alerts if values is not None else ()
+            alerts = self._exchange.same_everywhere(mine, self._device)
+            if alerts:
+                self._on_alert(alerts)
+        if values is None:
             return
         if not found and not self._warned_empty:
             self._warned_empty = True
@@ -146,7 +171,6 @@ class Recorder:
                 "replayed CUDA graph quantises cannot be observed.",
                 step,
             )
-        values = derive(step, found)
         for sink in self._sinks:
             sink.values(values)
         self._since_flush += 1
@@ -154,6 +178,16 @@ class Recorder:
             self._since_flush = 0
             for sink in self._sinks:
                 sink.flush()
+
+    def _watched(self, step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
+        """The values of a step with what the rules say about them, which the log shows at once."""
+        values = derive(step, found)
+        if self._watch is None:
+            return values
+        alerts = self._watch.look(values)
+        for alert in alerts:
+            logger.warning("Alert %s in step %d: %s", alert.rule, step, alert.message)
+        return dataclasses.replace(values, alerts=alerts) if alerts else values
 
 
 def _device_of(model: Any) -> torch.device:

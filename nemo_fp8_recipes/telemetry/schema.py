@@ -1,4 +1,4 @@
-"""The typed shape of the group `telemetry`. Imports no torch.
+"""The typed shape of the groups `telemetry` and `alerts`. Imports no torch.
 
 `conf/telemetry/*.yaml` gives the values, this dataclass the types and the limits.
 """
@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_fp8_recipes.errors import ConfigError, nearest
+from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
 
 __all__ = ["GROUPS", "SINKS", "TelemetryConfig"]
 
-SINKS = ("parquet", "tensorboard", "jsonl")
+SINKS = ("parquet", "tensorboard", "jsonl", "wandb", "megatron")
 
 
 @dataclass
@@ -52,4 +53,4 @@ class TelemetryConfig:
                 )
 
 
-GROUPS: dict[str, type[Any]] = {"telemetry": TelemetryConfig}
+GROUPS: dict[str, type[Any]] = {"telemetry": TelemetryConfig, "alerts": AlertsConfig}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+
 __all__ = ["FP8_MAX", "STATS", "TENSORS", "WHATIF", "Series", "Stat", "StepValues"]
 
 TENSORS = ("input", "weight", "grad_output")
@@ -51,6 +53,7 @@ STATS = {
         ),
         Stat("amax_history", ("delayed",), "window of amax values behind the next scale", windowed=True),
         Stat("scale", ("delayed", "tensorwise"), "factor the tensor was multiplied with before the cast"),
+        Stat("scale_max", ("delayed",), "largest scale of the ranks, where it is not `scale`"),
         Stat("scale_next", ("delayed",), "factor of the next cast, after the update"),
         Stat("headroom", ("delayed",), "fp8_max / (amax x scale): below 1 the largest values are clipped"),
         Stat("scale_inv", ("tensorwise",), "inverse scale stored with the FP8 tensor"),
@@ -106,12 +109,14 @@ class StepValues:
         series: the series that have a number in this step.
         values: fp32 (len(series),), in the order of `series`; NaN and Inf are kept.
         windows: fp32 (window length,) of each windowed series, oldest entry first.
+        alerts: what the rules say about this step; see `alerts`.
     """
 
     step: int
     series: tuple[Series, ...]
     values: np.ndarray
     windows: Mapping[Series, np.ndarray] = field(default_factory=dict)
+    alerts: tuple[Alert, ...] = ()
 
     def __len__(self) -> int:
         return len(self.series) + len(self.windows)

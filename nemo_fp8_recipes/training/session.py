@@ -14,6 +14,7 @@ import torch.distributed as dist
 from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training import display
+from nemo_fp8_recipes.training.alert_actions import AlertActions, load_callback
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
 from nemo_fp8_recipes.training.data import BatchPlan, Dataset, Wanted, build_dataset
 from nemo_fp8_recipes.training.distributed import (
@@ -72,6 +73,7 @@ class _Session:
         self.device = device
         self.is_first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.is_first_rank)
+        self.alert_actions = AlertActions(load_callback(settings.alerts.callback))
         self.run_dir: RunDirectory | None = None  # on rank 0
         self.recorder: Recorder | None = None  # once the model is built, unless telemetry is off
 
@@ -215,6 +217,7 @@ class _Session:
             log=write_metrics,
             proven=write_manifest,
             before_save=lambda: self.recorder.flush() if self.recorder is not None else None,
+            alerts=self.alert_actions,
         )
 
     def _start_record(self, path: Path, start: Position, *, resumed: bool) -> None:
@@ -277,11 +280,11 @@ class _Session:
                 }
             )
         else:
-            reason = f"by signal {outcome.signal}" if outcome.signal else "as asked (training.stop_at_step)"
+            reason = _stopped_by(outcome)
             self.run_dir.interrupt(f"stopped after step {outcome.position.step} {reason}")
             self.console.print(f"Stopped after step {outcome.position.step} {reason}.")
         _show_report(path, self.console)
-        resumable = not outcome.finished and self.settings.training.save_every > 0
+        resumable = not outcome.finished and (self.settings.training.save_every > 0 or bool(outcome.rule))
         for sink, values in (self.recorder.lost if self.recorder is not None else {}).items():
             self.console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
         display.farewell(
@@ -308,10 +311,18 @@ class _Session:
                 history=settings.history,
                 flush_every=settings.flush_every,
                 device=self.invocation.device_label,
+                alerts=self.settings.alerts,
+                on_alert=self.alert_actions if self.settings.alerts.acts else None,
             )
             return self.recorder
 
         return attach
+
+
+def _stopped_by(outcome: Outcome) -> str:
+    if outcome.signal:
+        return f"by signal {outcome.signal}"
+    return f"by the alert {outcome.rule}" if outcome.rule else "as asked (training.stop_at_step)"
 
 
 def _data_rank() -> int:

@@ -13,6 +13,7 @@ from nemo_fp8_recipes.preflight import MegatronSettings
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
+from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
 from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
 from nemo_fp8_recipes.training.indexed_schema import MegatronIndexedConfig
 from nemo_fp8_recipes.training.layout import ParallelSizes
@@ -44,6 +45,7 @@ class Settings:
     parallel: ParallelSizes
     telemetry: TelemetryConfig
     megatron: MegatronSettings
+    alerts: AlertsConfig
     device: str
     hardware: dict[str, Any]
     run_dir: str | None
@@ -91,6 +93,7 @@ def read_settings(config: DictConfig) -> Settings:
         parallel=_parallel(_plain(config.parallel)),
         telemetry=_typed("telemetry", config.telemetry),
         megatron=typed.read(MegatronSettings, _plain(config.megatron), key="megatron", error=ConfigError),
+        alerts=_typed("alerts", config.alerts),
         device=str(config.device),
         hardware=_plain(config.hardware),
         run_dir=config.run_dir,

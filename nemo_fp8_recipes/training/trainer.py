@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
+from nemo_fp8_recipes.training.alert_actions import AlertActions
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position
 from nemo_fp8_recipes.training.display import ProgressLine
 from nemo_fp8_recipes.training.errors import DivergedError
@@ -49,11 +50,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: where, and the signal that stopped it (0: none did) before the last step."""
+    """How the loop ended: where, and what stopped it before the last step: a signal (0: none did), or the
+    alert rule of this name.
+    """
 
     position: Position
     finished: bool
     signal: int = 0
+    rule: str | None = None
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Trainer:
     """Called on every rank with the step after which the manifest was read back: a recipe's first one."""
     before_save: Callable[[], None]
     """Called on every rank before a checkpoint, so that what was logged up to it is on disk too."""
+    alerts: AlertActions
+    """What the alerts of the step before ask for."""
 
     def run(self, start: Position, interruption: Interruption, line: ProgressLine) -> Outcome:
         """Train from `start` to the last step. Collective.
@@ -86,7 +92,7 @@ class Trainer:
         stop_at = min(last, self.settings.stop_at_step or last)
         saved = start.step
         position, stopped = start, 0
-        while position.step < stop_at and not stopped:
+        while position.step < stop_at and not stopped and self.alerts.stop is None:
             step, stopped = self._step(position, interruption)
             position = Position(step.step, position.consumed + self.forward.plan.global_batch_size)
             line.update(step.step, step.loss, step.step_time_ms)
@@ -94,12 +100,13 @@ class Trainer:
                 self.log(step)
             if self.fp8_run.proven_at == position.step:
                 self.proven(position.step)
-            if self._save_due(position.step):
+            if self.alerts.take_checkpoint() or self._save_due(position.step):
                 self._save(position)
                 saved = position.step
         if self.settings.save_every and position.step > saved:
             self._save(position)
-        return Outcome(position, finished=position.step >= last, signal=stopped)
+        rule = self.alerts.stop.rule if self.alerts.stop is not None else None
+        return Outcome(position, finished=position.step >= last, signal=stopped, rule=rule)
 
     def _save(self, position: Position) -> None:
         self.before_save()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.telemetry import store
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.sinks import GuardedSink, Sink, build
 from tests.telemetry.examples import METADATA, step
@@ -79,6 +84,145 @@ def test_json_lines_survive_special_values_and_truncation(tmp_path: Path) -> Non
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["values"] == {"fp8/m/input/a": "NaN", "fp8/m/input/b": "Infinity", "fp8/m/input/c": 2.0}
+
+
+ALERT = Alert(
+    1, "saturation", "warn", "clipped: raise the margin", "m", "input", 4.0, (("m", "input"), ("n", "input"))
+)
+
+
+def alerted(number: int) -> StepValues:
+    return dataclasses.replace(step(number), alerts=(dataclasses.replace(ALERT, step=number),))
+
+
+def test_alerts_are_in_every_sink(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = build(["parquet", "tensorboard", "jsonl"], tmp_path, METADATA)
+    for sink in sinks:
+        sink.values(step(1))
+        sink.values(alerted(2))
+    # Alerts do not wait for a flush.
+    assert store.read_alerts(tmp_path) == [dataclasses.replace(ALERT, step=2)]
+    for sink in sinks:
+        sink.close()
+    assert scalars(tmp_path / "tensorboard")["alerts/saturation"] == {2: 2.0}
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (text,) = accumulator.Tensors("alerts/saturation/text")
+    assert (text.step, text.tensor_proto.string_val) == (2, [b"clipped: raise the margin"])
+    lines = (tmp_path / "telemetry" / "values.jsonl").read_text().splitlines()
+    assert "alerts" not in json.loads(lines[0])
+    assert json.loads(lines[1])["alerts"] == [
+        dataclasses.replace(ALERT, step=2).to_dict() | {"tensors": [["m", "input"], ["n", "input"]]}
+    ]
+
+
+def test_alerts_after_the_step_a_run_resumes_from_are_forgotten(tmp_path: Path) -> None:
+    (sink,) = build(["parquet"], tmp_path, METADATA)
+    for number in (1, 2, 3):
+        sink.values(alerted(number))
+    sink.truncate_after(2)
+    assert [alert.step for alert in store.read_alerts(tmp_path)] == [1, 2]
+
+
+class LightningLogger:
+    """Has what Lightning's Logger promises and this needs."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[dict[str, float], int | None]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls.append((metrics, step))
+
+
+def test_a_lightning_logger_gets_one_call_a_step() -> None:
+    logger = LightningLogger()
+    (sink,) = build([logger], Path(), {})
+    sink.metrics(1, {"loss": 1.0})  # the trainer logs these itself
+    sink.values(step(1))
+    sink.values(alerted(2))
+    sink.close()
+    assert [at for _, at in logger.calls] == [1, 2]
+    values = step(2)
+    assert logger.calls[1][0] == {
+        **{name.tag: float(value) for name, value in zip(values.series, values.values, strict=True)},
+        "alerts/saturation": 2.0,
+    }
+
+
+def test_a_summary_writer_of_the_job_gets_one_event_a_step_and_stays_open(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path))
+    events = []
+    add = writer.file_writer.add_summary
+    writer.file_writer.add_summary = lambda *given: (events.append(given[1]), add(*given))
+    (sink,) = build([writer], Path(), {})
+    sink.values(alerted(1))
+    sink.close()
+    writer.add_scalar("mine", 3.0, 2)
+    writer.close()
+    assert events == [1, 2]
+    found = scalars(tmp_path)
+    assert found["mine"] == {2: 3.0}
+    assert found[step(1).series[0].tag] == {1: float(step(1).values[0])}
+    assert found["alerts/saturation"] == {1: 2.0}
+
+
+class WandbRun:
+    """Has what a W&B run promises and this needs."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, Any]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.calls.append(("define", name, step_metric))
+
+    def log(self, data: dict[str, float], commit: bool = True) -> None:
+        self.calls.append(("log", data, commit))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.calls.append(("alert", title, text))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None, None))
+
+
+def test_a_wandb_run_of_the_job_keeps_its_own_steps() -> None:
+    run = WandbRun()
+    (sink,) = build([run], Path(), {})
+    sink.metrics(1, {"loss": 1.0})
+    sink.values(step(1))
+    sink.values(alerted(2))
+    sink.close()
+    logged = [call for call in run.calls if call[0] == "log"]
+    assert [(data["fp8/step"], commit) for _, data, commit in logged] == [(1, False), (2, False)]
+    assert ("define", "fp8/*", "fp8/step") in run.calls
+    assert ("alert", "FP8 saturation", "step 2: clipped: raise the margin") in run.calls
+    assert all(call[0] != "finish" for call in run.calls)
+
+
+def test_megatrons_writers_are_found_where_megatron_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = WandbRun()
+    training, found = types.ModuleType("megatron.training"), types.ModuleType("megatron.training.global_vars")
+    found.get_tensorboard_writer = lambda: None  # type: ignore[attr-defined]  # a module made by hand
+    found.get_wandb_writer = lambda: run  # type: ignore[attr-defined]  # likewise
+    training.global_vars = found  # type: ignore[attr-defined]  # likewise
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", found)
+    (sink,) = build(["megatron"], Path(), {})
+    sink.values(step(1))
+    assert [call[1]["fp8/step"] for call in run.calls if call[0] == "log"] == [1]
+    found.get_wandb_writer = lambda: None  # type: ignore[attr-defined]  # likewise
+    (nowhere,) = build(["megatron"], Path(), {})
+    with pytest.raises(ConfigError, match="no writer on this rank"):
+        nowhere.values(step(1))
+
+
+def test_an_object_that_is_no_sink_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int is no sink"):
+        build([3], Path(), {})
 
 
 def test_an_unknown_sink_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""The values of one logging step as one array a statistic, over all operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
+
+__all__ = ["Columns", "OperandTable"]
+
+
+class _Place(NamedTuple):
+    """Where the values of one statistic are: row of the operand table, and position in the step's values."""
+
+    rows: np.ndarray
+    positions: np.ndarray
+
+
+class OperandTable:
+    """The operands seen so far, each in a row of its own that it keeps.
+
+    Attributes:
+        operands: (module, tensor) by row.
+        series: one series of the operand, with its recipe and format of the last step, by row.
+    """
+
+    def __init__(self) -> None:
+        self.operands: list[tuple[str, str]] = []
+        self.series: list[Series] = []
+        self._rows: dict[tuple[str, str], int] = {}
+        self._known: tuple[Series, ...] = ()
+        self._places: dict[str, _Place] = {}
+        self._recipes: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.operands)
+
+    def columns(self, values: StepValues) -> Columns:
+        if values.series is not self._known and values.series != self._known:
+            self._learn(values.series)
+        self._known = values.series  # the same object next time, where there is one
+        windows = {}
+        for series, window in values.windows.items():
+            windows[self._row(series)] = window
+        return Columns(self, values, self._places, windows)
+
+    def of_recipe(self, recipe: str) -> np.ndarray:
+        """bool (operands,): which were quantised by `recipe` in the last step."""
+        known = self._recipes.get(recipe)
+        if known is None or len(known) != len(self):
+            known = np.asarray([series.recipe == recipe for series in self.series], dtype=bool)
+            self._recipes[recipe] = known
+        return known
+
+    def _learn(self, series: Sequence[Series]) -> None:
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        for position, one in enumerate(series):
+            rows, positions = found.setdefault(one.stat, ([], []))
+            rows.append(self._row(one))
+            positions.append(position)
+        self._places = {
+            stat: _Place(np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64))
+            for stat, (rows, positions) in found.items()
+        }
+        self._recipes = {}
+
+    def _row(self, series: Series) -> int:
+        key = (series.module, series.tensor)
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = len(self.operands)
+            self.operands.append(key)
+            self.series.append(series)
+        else:
+            self.series[row] = series
+        return row
+
+
+class Columns:
+    """One step's statistics by operand row."""
+
+    def __init__(
+        self,
+        table: OperandTable,
+        values: StepValues,
+        places: dict[str, _Place],
+        windows: dict[int, np.ndarray],
+    ) -> None:
+        self.table = table
+        self.step = values.step
+        self.windows = windows
+        self._values = values.values
+        self._places = places
+
+    def has(self, stat: str) -> bool:
+        return stat in self._places
+
+    def present(self, stat: str) -> np.ndarray:
+        """bool (operands,): which have the statistic in this step."""
+        present = np.zeros(len(self.table), dtype=bool)
+        if stat in self._places:
+            present[self._places[stat].rows] = True
+        return present
+
+    def get(self, stat: str) -> np.ndarray:
+        """float64 (operands,) of a statistic; NaN where there is none."""
+        column = np.full(len(self.table), np.nan)
+        if stat in self._places:
+            place = self._places[stat]
+            column[place.rows] = self._values[place.positions]
+        return column
+
+    def amax(self) -> np.ndarray:
+        """float64 (operands,): the amax, or its bound where only that is known."""
+        exact = self.get("amax")
+        return np.where(self.present("amax"), exact, self.get("amax_bound"))

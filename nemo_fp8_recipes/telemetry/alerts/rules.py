@@ -1,0 +1,269 @@
+"""What each rule looks at: it sees one logging step after the other and says which operands violate it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_fp8_recipes.telemetry.alerts.columns import Columns
+from nemo_fp8_recipes.telemetry.alerts.schema import (
+    AlertsConfig,
+    GrowthRule,
+    LimitRule,
+    ThresholdRule,
+)
+from nemo_fp8_recipes.telemetry.series import FP8_MAX
+
+__all__ = ["Finding", "RuleCheck", "checks"]
+
+ROUNDS_TO_MAX = {"e4m3": 464.0 / 448.0, "e5m2": 61440.0 / 57344.0}
+"""Scaled values up to this multiple of the largest value lose no more than any value does by rounding."""
+
+_FLT_MAX = float(np.finfo(np.float32).max)
+_E8M0_ENDS = (2.0**-126, 2.0**127)
+"""Code 0 stands for blocks of zeros in the statistics, so 2^-126 is the smallest scale that counts."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found in a step. Both arrays have one entry an operand.
+
+    Attributes:
+        violated: bool.
+        value: the number that was compared, float64.
+        severity: the larger, the worse; None: `value`.
+        window: what a message says for `{window}`.
+    """
+
+    violated: np.ndarray
+    value: np.ndarray
+    severity: np.ndarray | None = None
+    window: int = 0
+
+
+class RuleCheck:
+    """One rule with its memory.
+
+    Attributes:
+        stats: statistics that the rule needs, one of them at least.
+        limit: what a message says for `{limit}`.
+        without: what to do when none of them is logged.
+    """
+
+    stats: tuple[str, ...] = ()
+    limit = 0.0
+    without = ""
+
+    def check(self, columns: Columns) -> Finding:
+        raise NotImplementedError
+
+    def applies(self, columns: Columns) -> bool:
+        """Whether the step has what the rule needs."""
+        return any(columns.has(stat) for stat in self.stats)
+
+    def forget(self) -> None:
+        """Training goes on from an earlier step."""
+
+
+class Saturation(RuleCheck):
+    """Delayed scaling cast with a scale made for a smaller amax: amax x scale above the format's largest
+    value by more than rounding takes back.
+    """
+
+    stats = ("scale_next",)
+
+    def __init__(self, rule: ThresholdRule) -> None:
+        self.limit = rule.limit
+
+    def check(self, columns: Columns) -> Finding:
+        delayed = columns.table.of_recipe("delayed")
+        formats = [series.format for series in columns.table.series]
+        largest = np.asarray([FP8_MAX.get(name, np.nan) for name in formats])
+        rounding = np.asarray([ROUNDS_TO_MAX.get(name, 1.0) for name in formats])
+        with np.errstate(invalid="ignore", over="ignore"):
+            ratio = columns.get("amax") * columns.get("scale") / largest
+            violated = delayed & np.isfinite(ratio) & (ratio > self.limit * rounding)
+        return Finding(violated, ratio)
+
+
+class HistoryFrozen(RuleCheck):
+    """An Inf in the amax history: the largest entry is not finite, so Transformer Engine keeps the scale
+    (`common/recipe/delayed_scaling.cu`). Without the windows in the telemetry, an amax of Inf says that it
+    begins.
+    """
+
+    stats = ("scale_next",)
+
+    def check(self, columns: Columns) -> Finding:
+        amax = columns.get("amax")
+        violated = columns.table.of_recipe("delayed") & np.isinf(amax)
+        length = 0
+        for row, window in columns.windows.items():
+            length = max(length, len(window))
+            if np.isinf(window).any():
+                violated[row] = True
+        return Finding(violated, amax, np.isinf(amax).astype(np.float64), window=length)
+
+
+class NonFinite(RuleCheck):
+    """The tensor held a NaN or an Inf. An MXFP8 block with a NaN has the scale code 255, shown as Inf."""
+
+    stats = ("amax", "amax_bound")
+
+    def check(self, columns: Columns) -> Finding:
+        amax = columns.amax()
+        present = columns.present("amax") | columns.present("amax_bound")
+        violated = present & ~np.isfinite(amax)
+        for stat in ("non_finite", "nonfinite"):
+            if columns.has(stat):
+                count = columns.get(stat)
+                violated |= count > 0
+        return Finding(violated, amax, violated.astype(np.float64))
+
+
+class ScaleLimit(RuleCheck):
+    """The scale reached the end of its own format: FP32 for delayed, tensorwise and blockwise, E8M0 for
+    MXFP8.
+    """
+
+    stats = ("scale", "scale_next", "scale_inv_max", "scale_inv_min")
+
+    def check(self, columns: Columns) -> Finding:
+        table = columns.table
+        violated = np.zeros(len(table), dtype=bool)
+        value = np.full(len(table), np.nan)
+        for stat, lowest, highest, only in (
+            ("scale", 1 / _FLT_MAX, _FLT_MAX, None),
+            ("scale_next", 1 / _FLT_MAX, _FLT_MAX, None),
+            ("scale_inv_max", 0.0, _E8M0_ENDS[1], "mxfp8"),
+            ("scale_inv_min", _E8M0_ENDS[0], _FLT_MAX, "mxfp8"),
+            ("scale_inv_max", 0.0, _FLT_MAX, "blockwise"),
+        ):
+            found = columns.get(stat)
+            # 0 is a tensor or block of zeros, NaN an absent value; Inf is what `non_finite` reports.
+            at_end = ((found <= lowest) & (found > 0)) | ((found >= highest) & np.isfinite(found))
+            if only is not None:
+                at_end &= table.of_recipe(only)
+            value = np.where(at_end, found, value)
+            violated |= at_end
+        return Finding(violated, value, np.abs(np.log2(np.where(violated, value, 1.0))))
+
+
+class Underflow(RuleCheck):
+    """Too many elements became zero."""
+
+    stats = ("underflow",)
+    without = "It needs the statistics that read the tensors again: set telemetry.stats_every."
+
+    def __init__(self, rule: ThresholdRule) -> None:
+        self.limit = rule.limit
+
+    def check(self, columns: Columns) -> Finding:
+        fraction = columns.get("underflow")
+        return Finding(fraction > self.limit, fraction)
+
+
+class AmaxGrowth(RuleCheck):
+    """log2(amax) is a rising straight line over the window: least squares over the step, with growth from
+    its first to its last point above the limit and r squared of at least `steadiness`.
+    """
+
+    stats = ("amax", "amax_bound")
+
+    def __init__(self, rule: GrowthRule) -> None:
+        self.limit = rule.limit
+        self._rule = rule
+        self._rows: deque[tuple[int, np.ndarray]] = deque(maxlen=rule.window)
+
+    def forget(self) -> None:
+        self._rows.clear()
+
+    def check(self, columns: Columns) -> Finding:
+        amax = columns.amax()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.where((amax > 0) & np.isfinite(amax), np.log2(amax), np.nan)
+        self._rows.append((columns.step, logs))
+        size = len(columns.table)
+        none = np.zeros(size, dtype=bool)
+        if len(self._rows) < self._rule.window:
+            return Finding(none, np.full(size, np.nan), window=self._rule.window)
+        x = np.asarray([step for step, _ in self._rows], dtype=np.float64)
+        y = np.full((len(x), size), np.nan)
+        for index, (_, row) in enumerate(self._rows):
+            y[index, : len(row)] = row  # operands seen later have no value in earlier steps
+        x -= x.mean()
+        deviation = y - y.mean(axis=0)
+        slope = x @ deviation / (x @ x)
+        spread = (deviation**2).sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r_squared = slope**2 * (x @ x) / spread
+            growth = np.exp2(slope * (x[-1] - x[0]))
+            violated = (growth > self.limit) & (r_squared >= self._rule.steadiness)
+        return Finding(violated, growth, window=self._rule.window)
+
+
+class RanksDisagree(RuleCheck):
+    """Largest over smallest scale of the ranks. Only where all ranks reduce the amax do they have to agree.
+
+    `scale` is the smallest and `scale_max`, which is there only where it differs, the largest.
+    """
+
+    stats = ("scale_max",)
+
+    def __init__(self, rule: ThresholdRule) -> None:
+        self.limit = rule.limit
+
+    def check(self, columns: Columns) -> Finding:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = columns.get("scale_max") / columns.get("scale")
+        return Finding(columns.table.of_recipe("delayed") & (ratio > self.limit), ratio)
+
+
+class Limit(RuleCheck):
+    """A statistic above or below a number, of the modules and tensors that the user named."""
+
+    def __init__(self, rule: LimitRule) -> None:
+        self.stats = (rule.stat,)
+        self.without = f"No statistic '{rule.stat}' was logged: see docs/schemas/telemetry.md for the names."
+        self.limit = rule.above if rule.above is not None else float(rule.below or 0.0)
+        self._rule = rule
+        self._wanted = np.zeros(0, dtype=bool)
+
+    def check(self, columns: Columns) -> Finding:
+        operands = columns.table.operands
+        if len(self._wanted) != len(operands):
+            self._wanted = np.asarray(
+                [
+                    fnmatch.fnmatchcase(module, self._rule.module) and self._rule.tensor in ("any", tensor)
+                    for module, tensor in operands
+                ],
+                dtype=bool,
+            )
+        value = columns.get(self._rule.stat)
+        beyond = value > self.limit if self._rule.above is not None else value < self.limit
+        return Finding(self._wanted & beyond, value, value if self._rule.above is not None else -value)
+
+
+def checks(config: AlertsConfig, *, amax_reduced: bool = True) -> dict[str, RuleCheck]:
+    """The enabled rules by name.
+
+    Args:
+        amax_reduced: the recipe reduces the amax over all ranks, so that their scales have to agree.
+    """
+    found: dict[str, RuleCheck] = {
+        "saturation": Saturation(config.saturation),
+        "history_frozen": HistoryFrozen(),
+        "non_finite": NonFinite(),
+        "scale_limit": ScaleLimit(),
+        "underflow": Underflow(config.underflow),
+        "amax_growth": AmaxGrowth(config.amax_growth),
+        "ranks_disagree": RanksDisagree(config.ranks_disagree),
+        **{name: Limit(rule) for name, rule in config.custom.items()},
+    }
+    if not amax_reduced:
+        del found["ranks_disagree"]
+    rules = config.rules()
+    return {name: check for name, check in found.items() if rules[name].enabled}

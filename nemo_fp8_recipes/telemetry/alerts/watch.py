@@ -1,0 +1,110 @@
+"""Runs the rules over the logging steps, and reports what begins, not what lasts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+from nemo_fp8_recipes.telemetry.alerts.columns import OperandTable
+from nemo_fp8_recipes.telemetry.alerts.rules import Finding, checks
+from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
+from nemo_fp8_recipes.telemetry.series import StepValues
+
+__all__ = ["Watch", "reduces_amax"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 20
+"""Logging steps after which a rule says that what it needs is not logged."""
+
+
+def reduces_amax(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as plain data, makes all ranks agree on the scales of delayed scaling."""
+    return bool(recipe.get("reduce_amax", True)) and not recipe.get("tp_only_amax_red", False)
+
+
+class Watch:
+    """The rules of a run.
+
+    Args:
+        config: which rules, and their limits.
+        amax_reduced: see `rules.checks`.
+    """
+
+    def __init__(self, config: AlertsConfig, *, amax_reduced: bool = True) -> None:
+        self._config = config
+        self._checks = checks(config, amax_reduced=amax_reduced) if config.enabled else {}
+        self._table = OperandTable()
+        self._count = 0
+        self._violated: dict[str, np.ndarray] = {}
+        self._waiting = set(self._checks)
+
+    def look(self, values: StepValues) -> tuple[Alert, ...]:
+        """The alerts of a logging step; steps ascend."""
+        if not self._checks or not len(values):
+            return ()
+        columns = self._table.columns(values)
+        self._count += 1
+        found = []
+        for name, check in self._checks.items():
+            if not check.applies(columns):
+                continue
+            self._waiting.discard(name)
+            finding = check.check(columns)
+            new = self._new(name, finding.violated)
+            if new.any():
+                found.append(self._alert(name, values.step, finding, new, check.limit))
+        if self._count == PATIENCE:
+            self.report_blind()
+        return tuple(found)
+
+    def report_blind(self) -> None:
+        """Say once which rules never had the statistics they need."""
+        if not self._count:
+            return
+        for name in sorted(self._waiting):
+            if self._checks[name].without:
+                logger.warning("Alert rule %s sees nothing. %s", name, self._checks[name].without)
+        self._waiting.clear()
+
+    def forget(self) -> None:
+        """Training goes on from an earlier step: what is violated is reported anew."""
+        self._violated.clear()
+        for check in self._checks.values():
+            check.forget()
+
+    def _new(self, name: str, violated: np.ndarray) -> np.ndarray:
+        """Which operands began to violate the rule: they kept it for `quiet` logging steps."""
+        never = -self._config.quiet - 1
+        last = self._violated.get(name, np.zeros(0, dtype=np.int64))
+        last = np.concatenate([last, np.full(len(violated) - len(last), never, dtype=np.int64)])
+        new: np.ndarray = violated & (self._count - last > self._config.quiet)
+        last[violated] = self._count
+        self._violated[name] = last
+        return new
+
+    def _alert(self, name: str, step: int, finding: Finding, new: np.ndarray, limit: float) -> Alert:
+        severity = finding.value if finding.severity is None else finding.severity
+        rows = np.flatnonzero(new)
+        rows = rows[np.argsort(-np.nan_to_num(severity[rows], nan=0.0), kind="stable")]
+        tensors = tuple(self._table.operands[row] for row in rows)
+        worst = self._table.series[rows[0]]
+        value = float(finding.value[rows[0]])
+        rule = self._config.rules()[name]
+        more = len(tensors) - 1
+        message = rule.message.format(
+            module=worst.module,
+            tensor=worst.tensor,
+            recipe=worst.recipe,
+            format=worst.format,
+            step=step,
+            value=f"{value:.4g}",
+            limit=f"{limit:g}",
+            others=f" (and {more} more tensor{'s' if more > 1 else ''})" if more else "",
+            window=finding.window or "all",
+        )
+        return Alert(step, name, rule.action, message, worst.module, worst.tensor, value, tensors)

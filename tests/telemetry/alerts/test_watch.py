@@ -1,0 +1,95 @@
+"""When an alert is given, what it holds, and what the configuration refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.recipes import load
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+from nemo_fp8_recipes.telemetry.alerts.schema import default_alerts
+from nemo_fp8_recipes.telemetry.alerts.watch import Watch, reduces_amax
+from tests.telemetry.alerts.series import alerts, config, only, steps
+
+
+def test_many_tensors_make_one_alert_with_the_worst_first() -> None:
+    given = steps({"amax": [8.0], "scale": [224.0], "scale_next": [224.0]}, modules=("a", "b", "c"))
+    given[0].values[3] = 80.0  # the amax of b
+    (alert,) = alerts(given, only("saturation"))
+    assert (alert.module, alert.tensor, alert.value) == ("b", "input", pytest.approx(40.0))
+    assert alert.tensors == (("b", "input"), ("a", "input"), ("c", "input"))
+    assert "(and 2 more tensors)" in alert.message
+
+
+def test_what_comes_back_soon_is_the_same_event() -> None:
+    loud = [1.0, 9.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 9.0]
+    rules = only("", quiet=3, custom={"loud": {"stat": "amax", "above": 5.0, "message": "-"}})
+    assert [alert.step for alert in alerts(steps({"amax": loud}), rules)] == [20, 90]
+
+
+def test_a_resumed_run_is_looked_at_anew() -> None:
+    watch = Watch(only("", custom={"loud": {"stat": "amax", "above": 5.0, "message": "-"}}))
+    first, second, third = steps({"amax": [9.0, 9.0, 9.0]})
+    assert len(watch.look(first)) == 1
+    assert watch.look(second) == ()
+    watch.forget()
+    assert [alert.step for alert in watch.look(third)] == [30]
+
+
+def test_a_tensor_seen_later_has_its_own_beginning() -> None:
+    rules = only("", custom={"loud": {"stat": "amax", "above": 5.0, "message": "-"}})
+    given = [*steps({"amax": [9.0]}, modules=("a",)), *steps({"amax": [0, 9.0]}, modules=("b", "a"))[1:]]
+    assert [alert.tensors for alert in alerts(given, rules)] == [(("a", "input"),), (("b", "input"),)]
+
+
+def test_switched_off_nothing_is_evaluated() -> None:
+    assert alerts(steps({"amax": [float("inf")]}), config(enabled=False)) == []
+
+
+def test_an_alert_survives_json() -> None:
+    alert = Alert(5, "non_finite", "stop", "text", "m", "input", float("-inf"), (("m", "input"),))
+    assert Alert.from_dict(json.loads(json.dumps(alert.to_dict(), allow_nan=False))) == alert
+
+
+@pytest.mark.parametrize(
+    ("options", "reduced"),
+    [({}, True), ({"reduce_amax": False}, False), ({"tp_only_amax_red": True}, False)],
+)
+def test_ranks_have_to_agree_only_where_the_recipe_reduces_over_all(
+    options: dict[str, Any], reduced: bool
+) -> None:
+    assert reduces_amax(load("delayed", **options).to_dict()) is reduced
+
+
+def test_every_default_message_says_what_to_do() -> None:
+    for name, rule in default_alerts().rules().items():
+        filled = rule.message.format_map(dict.fromkeys(("module", "tensor", "recipe", "format", "step",
+            "value", "limit", "others", "window"), "x"))  # fmt: skip
+        assert "{" not in filled, name
+        assert any(word in filled for word in ("raise", "go on from", "check", "use ", "Lower")), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"saturation": {"message": "{tensr}"}}, "contains {tensr}"),
+        ({"saturation": {"message": "{module"}}, "cannot be formatted"),
+        ({"saturation": {"action": "halt"}}, "Allowed: warn, checkpoint, stop"),
+        ({"saturaton": {}}, "Did you mean 'saturation'?"),
+        ({"quiet": 0}, "alerts.quiet=0"),
+        ({"amax_growth": {"window": 2}}, "alerts.amax_growth.window=2"),
+        ({"amax_growth": {"limit": 1.0}}, "alerts.amax_growth.limit=1.0"),
+        ({"amax_growth": {"steadiness": 2.0}}, "alerts.amax_growth.steadiness=2.0"),
+        ({"custom": {"a": {"stat": "amax", "message": "-"}}}, "one of above and below"),
+        ({"custom": {"a": {"stat": "x", "message": "-", "above": 1, "below": 2}}}, "one of above and below"),
+        ({"custom": {"underflow": {"stat": "x", "message": "-", "above": 1}}}, "is there already"),
+        ({"custom": {"a": {"above": 1, "message": "-"}}}, "alerts.custom.a.stat needs a value"),
+    ],
+)
+def test_impossible_rules_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    assert said in str(caught.value)

@@ -109,17 +109,29 @@ def _combine(rank: int) -> dict[str, list[float]]:
         spec("shared", "scale", "min"),
         spec("shared", "scale_inv_mean", "mean"),
         spec(f"stage{rank}"),
+        spec("agreed", "scale", "min"),
     )
-    reading = Reading(specs, torch.tensor([1.0 + rank, 5.0 + rank, 2.0 + 2 * rank, 10.0 + rank]))
+    reading = Reading(specs, torch.tensor([1.0 + rank, 5.0 + rank, 2.0 + 2 * rank, 10.0 + rank, 7.0]))
     return {f"{s.module}.{s.name}": v.tolist() for s, v in exchange.start(reading, CPU).result().items()}
 
 
-def _everything(rank: int) -> tuple[Any, Any, Any]:
-    return _combine(rank), _late_and_empty(rank), _count(rank)
+def _everything(rank: int) -> tuple[Any, Any, Any, Any]:
+    return _combine(rank), _late_and_empty(rank), _count(rank), _same(rank)
+
+
+def _same(rank: int) -> list[tuple[Any, ...]]:
+    """What every rank gets of the second rank's values, which writes."""
+    exchange = Exchange(None, writer=rank == 1)
+    return [exchange.same_everywhere(value if rank == 1 else (), CPU) for value in ((), ("a", 2), ())]
+
+
+def test_every_rank_hears_what_the_writer_says(ranks: list[Any]) -> None:
+    for found in ranks:
+        assert found[3] == [(), ("a", 2), ()]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Any, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     """What two ranks found; one pair of processes for all tests, because starting them takes seconds."""
     return run_ranks(_everything, tmp_path_factory.mktemp("ranks"))
 
@@ -129,6 +141,8 @@ def test_ranks_combine_shards_and_stages_on_the_writer(ranks: list[Any]) -> None
     assert writer == {
         "shared.amax": [2.0],
         "shared.scale": [5.0],
+        "shared.scale_max": [6.0],  # the ranks disagree on this one
+        "agreed.scale": [7.0],
         "shared.scale_inv_mean": [3.0],
         "stage0.amax": [10.0],
         "stage1.amax": [11.0],

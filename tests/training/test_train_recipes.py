@@ -77,7 +77,7 @@ def test_what_the_run_leaves_and_says(trained: Trained) -> None:
         f"step {STEPS}/{STEPS}",
         "held-out loss",
         f"tensorboard --logdir {run.path}/tensorboard",
-        f"nemo-fp8 report --text {run.path}",
+        f"nemo-fp8 report --html {run.path}",
     ):
         assert text in run.output
     assert run.errors == ""

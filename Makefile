@@ -3,10 +3,12 @@
 #   make train ARGS="fp8_recipe=blockwise training.steps=200"
 #   make test                                    the test suite
 #   make test-browser                            the HTML report in Chromium
+#   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_NEMO ?= .venv-nemo
 ARGS ?=
 PYTEST_WORKERS ?= 2
 # More options for pip, such as where your mirror of PyTorch's CPU wheels is.
@@ -14,10 +16,11 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/cpu.txt
+PIP_INSTALL_NEMO := $(VENV_NEMO)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/nemo.txt
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-browser lint clean
+.PHONY: train test test-browser train-nemo test-nemo lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -34,6 +37,12 @@ test-browser: $(VENV)/.installed-test
 	  || echo "There is no chromedriver, and it cannot be installed here: the browser tests will be skipped."
 	$(BIN)/python -m pytest tests/browser $(ARGS)
 
+train-nemo: $(VENV_NEMO)/.installed
+	$(VENV_NEMO)/bin/nemo-fp8 train framework=nemo $(strip $(RECIPE) $(ARGS))
+
+test-nemo: $(VENV_NEMO)/.installed
+	OMP_NUM_THREADS=1 $(VENV_NEMO)/bin/python -m pytest tests/frameworks/nemo $(ARGS)
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +50,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_NEMO) build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -59,4 +68,14 @@ $(VENV)/.installed-test: $(VENV)/.installed-cpu
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[cpu,test,lint]'
+	@touch $@
+
+# torch comes first: asked for by NeMo's other requirements, a CUDA build of several GB would come instead.
+$(VENV_NEMO)/.installed: pyproject.toml requirements/nemo.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "NeMo's lock is for Python 3.11; found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing the NeMo 2 stack into $(VENV_NEMO) (once, about 2.5 GB) ..."
+	test -x $(VENV_NEMO)/bin/python || $(PYTHON) -m venv $(VENV_NEMO)
+	$(PIP_INSTALL_NEMO) torch
+	$(PIP_INSTALL_NEMO) -e '.[nemo]' pytest
 	@touch $@

@@ -4,6 +4,8 @@ Its functions that are compiled with torch.compile run uncompiled: compiling the
 a machine that only emulates need not have, and tens of seconds at the first step, and element-wise functions
 gain nothing from it at emulated sizes. `torch.compile` itself is left alone.
 
+Fused kernels that its configs ask for by default run in Megatron's PyTorch form.
+
 Its random-state tracker warns when the host's state changes inside a block that should only draw on the
 device; here the two are one state, which the tracker saves and restores itself.
 """
@@ -12,11 +14,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.emulation.import_hook import after_import
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 from nemo_fp8_recipes.errors import EmulationError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["apply", "require_not_imported"]
 
@@ -35,6 +42,12 @@ def require_not_imported() -> None:
 def apply(ledger: PatchLedger) -> None:
     """Prepare for Megatron-Core's import."""
     after_import(ledger, "megatron.core.jit", _no_jit_fuser, "torch.compile needs a C++ compiler and time")
+    after_import(
+        ledger,
+        "megatron.core.models.common.embeddings.rope_utils",
+        _unfused_rope,
+        "rotary embeddings are a CUDA kernel where apply_rope_fusion is set",
+    )
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
     logger.addFilter(_not_about_one_state)
     ledger.add(
@@ -45,7 +58,28 @@ def apply(ledger: PatchLedger) -> None:
 
 
 def _no_jit_fuser(module: ModuleType) -> None:
-    module.disable_jit_fuser()
+    if hasattr(module, "disable_jit_fuser"):
+        module.disable_jit_fuser()
+    else:  # Megatron-Core before 0.16; whoever imports the name does so after this
+        module.jit_fuser = _as_it_is  # type: ignore[attr-defined]
+
+
+def _unfused_rope(module: ModuleType) -> None:
+    """Where a config asks for the fused kernel, as NeMo's do, Megatron's own PyTorch form runs."""
+
+    def fused_apply_rotary_pos_emb(
+        t: torch.Tensor, freqs: torch.Tensor, transpose_output_memory: bool = False, interleaved: bool = False
+    ) -> torch.Tensor:
+        del transpose_output_memory  # says how the result lies in memory, not what it is
+        rotated: torch.Tensor = module._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
+        return rotated
+
+    if getattr(module, "fused_apply_rotary_pos_emb", None) is not None:
+        module.fused_apply_rotary_pos_emb = fused_apply_rotary_pos_emb  # type: ignore[attr-defined]
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _not_about_one_state(record: logging.LogRecord) -> bool:

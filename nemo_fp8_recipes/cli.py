@@ -37,6 +37,7 @@ class CommandModule(Protocol):
 
 COMMANDS = (
     Command("train", "pre-train a model with the recipe and log what it did"),
+    Command("compare", "train recipes side by side, or read finished runs, and print one table"),
     Command("show", "print what a recipe composes to: recipe, TE object, Megatron fields"),
     Command("doctor", "check recipe, hardware, shapes and versions before the job starts"),
     Command("args", "print Megatron-LM's flags and environment for a recipe"),

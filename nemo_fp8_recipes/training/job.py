@@ -19,11 +19,11 @@ from nemo_fp8_recipes.training import frameworks
 from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout
 from nemo_fp8_recipes.training.primary_weights import check_primary_weights
-from nemo_fp8_recipes.training.settings import read_settings
+from nemo_fp8_recipes.training.settings import Settings, read_settings
 from nemo_fp8_recipes.training.unsupported import check_supported
 from nemo_fp8_recipes.training.versions import installed_versions
 
-__all__ = ["run_job"]
+__all__ = ["check", "run_job"]
 
 
 def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[str]) -> int:
@@ -37,12 +37,7 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
     Raises:
         Fp8Error: whatever the user can put right; its subclass says what kind of thing it is.
     """
-    settings = read_settings(config)
-    framework = frameworks.find(settings.framework)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(settings.model, settings.training, settings.parallel, processes)
-    check_primary_weights(settings.recipe)
-    check_supported(settings.megatron, settings.training)
+    settings, framework = check(config)
     job = start(config)
 
     # torch, Megatron-Core and Transformer Engine are imported from here on: the device is in place.
@@ -56,6 +51,21 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         notes=(*alias_notes(overrides), *_worth_saying(job.findings)),
     )
     return framework.load()(settings, invocation)
+
+
+def check(config: DictConfig) -> tuple[Settings, frameworks.Framework]:
+    """Read the settings of a job and check what can be checked before preflight, without torch.
+
+    Raises:
+        ConfigError, RecipeError: the job cannot run as it is configured.
+    """
+    settings = read_settings(config)
+    framework = frameworks.find(settings.framework)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(settings.model, settings.training, settings.parallel, processes)
+    check_primary_weights(settings.recipe)
+    check_supported(settings.megatron, settings.training)
+    return settings, framework
 
 
 def _worth_saying(findings: Iterable[Finding]) -> list[str]:

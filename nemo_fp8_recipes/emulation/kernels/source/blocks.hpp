@@ -153,6 +153,8 @@ struct Tiles {
     std::fill(column_max, column_max + Width, 0);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = tile[i];
+      // The next tile's part of the row: too short a run for the hardware to see it coming.
+      for (int64_t j = 0; j < Width && j0 + Width + j < k; j += 16) x.prefetch((i0 + i) * k + j0 + Width + j);
       x.copy((i0 + i) * k + j0, columns, row);
       std::fill(row + columns, row + Width, 0.0f);
       observe_row<Block>(row, Width, column_max, row_max[i]);

@@ -67,6 +67,10 @@ struct Input {
     }
   }
 
+  inline void prefetch(int64_t offset) const {
+    __builtin_prefetch(static_cast<const char*>(data) + offset * (type == kFloat32 ? 4 : 2));
+  }
+
   // Largest finite value of the type.
   float max() const {
     return type == kFloat32 ? kFloatMax : type == kBFloat16 ? 3.3895313892515355e38f : 65504.0f;

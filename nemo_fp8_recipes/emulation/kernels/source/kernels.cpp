@@ -51,7 +51,7 @@ KERNEL void nemo_fp8_mxfp8(const void* x, int32_t input, int64_t m, int64_t k, i
                            int32_t threads) {
   with_format(format, [&](auto out) {
     using Out = decltype(out);
-    quantize_blocks<32, 128, false, Out>(
+    quantize_blocks<32, 256, false, Out>(
         {x, input}, m, k, square != 0, PowerOfTwoUp<Out>{reciprocal_of_max},
         {row_codes, row_scales, mxfp8_place(false, swizzled != 0, row_scale_stride, row_scale_stride)},
         {column_codes, column_scales, mxfp8_place(true, swizzled != 0, column_scale_stride, column_scale_rows)},

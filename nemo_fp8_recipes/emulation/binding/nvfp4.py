@@ -26,6 +26,7 @@ from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
+from nemo_fp8_recipes.emulation.binding.per_tensor import amax_of
 from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4
@@ -149,9 +150,11 @@ class Nvfp4Scaling:
         found: Buffers = {}
         each = 1 if quantizer.row_scaled_nvfp4 else None
         if "_amax_rowwise" in specs:
-            found["_amax_rowwise"] = amax(rows, dim=each).view(-1)
+            found["_amax_rowwise"] = (amax_of(rows) if each is None else amax(rows, dim=each)).view(-1)
         if columns is not None:
-            found["_amax_columnwise"] = amax(columns, dim=each).view(-1)
+            found["_amax_columnwise"] = (amax_of(columns) if each is None else amax(columns, dim=each)).view(
+                -1
+            )
         if quantizer.with_amax_reduction:
             group = quantizer._canonicalized_amax_reduction_group()
             for largest in found.values():

@@ -34,6 +34,8 @@ def attach(
     flush_every: int = 10,
     group: Any | None = None,
     device: str | None = None,
+    stats_every: int = 100,
+    whatif: Iterable[str] = (),
     alerts: AlertsConfig | None = None,
     on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
 ) -> Recorder:
@@ -51,13 +53,17 @@ def attach(
         flush_every: logging steps between two flushes.
         group: process group over which values are combined; None: all ranks, if torch.distributed runs.
         device: what the store says it was recorded on, e.g. "emulated b200"; None asks torch.
+        stats_every: optimizer steps between two logging steps that read the tensors themselves (underflow,
+            saturation, SQNR, ...); step 1 is one. 0: none do.
+        whatif: globs over `<module>/<tensor>` ("*.layers.0.*/input") of the tensors that those steps judge
+            under every other recipe too.
         alerts: which rules; None: those of conf/alerts/default.yaml.
         on_alert: called with the alerts of a logging step when the next step begins: on every rank, with the
             same alerts, so that it may save a checkpoint, change the recipe or end the loop. Costs one
             broadcast of one number a logging step where there are several ranks.
 
     Raises:
-        ConfigError: no such sink, or an interval below 1.
+        ConfigError: no such sink, or an interval out of range.
     """
     import torch
     import torch.distributed as dist
@@ -73,6 +79,8 @@ def attach(
     given = list(sinks)
     config = TelemetryConfig(
         log_every=log_every,
+        stats_every=stats_every,
+        whatif=list(whatif),
         sinks=[sink for sink in given if isinstance(sink, str)],
         history=history,
         flush_every=flush_every,
@@ -97,6 +105,8 @@ def attach(
         log_every=config.log_every,
         flush_every=config.flush_every,
         history=config.history,
+        stats_every=config.stats_every,
+        whatif=config.whatif,
         watch=Watch(alerts, amax_reduced=reduces_amax(recipe.to_dict())) if is_writer else None,
         on_alert=on_alert if alerts.enabled else None,
     )

@@ -62,6 +62,8 @@ def _statistics(
         yield "amax_bound", largest * read["scale_inv_max"]
     if "peak" in read:
         yield "headroom", largest / read["peak"]
+    if "elements" in read:
+        yield from _of_elements(read, largest)
     if "scale_inv_rms" in read:
         mean, square = float(read["scale_inv_mean"]), float(read["scale_inv_rms"]) ** 2
         variance = square - mean * mean
@@ -71,3 +73,20 @@ def _statistics(
             if variance > _SMALLEST_VARIANCE * mean * mean
             else (0.0 if np.isfinite(mean) else mean),
         )
+
+
+def _of_elements(read: Mapping[str, np.float32], largest: np.float32) -> Iterator[tuple[str, float]]:
+    """What follows from `elements.measure`; fp64."""
+    elements = float(read["elements"])
+    counted = (("underflow", "underflows"), ("saturation", "saturated"), ("zeros", "zero_elements"))
+    for stat, count in counted:
+        yield stat, float(read[count]) / elements
+    yield "sqnr", 20.0 * float(np.log10(np.float64(read["norm"]) / np.float64(read["noise"])))
+    yield "bulk_error", float(np.float64(read["bulk_noise"]) / np.float64(read["bulk_norm"]))
+    amax = np.float64(read["largest"])
+    if "scale_inv" in read:
+        yield "headroom", float(np.float64(largest) * read["scale_inv"] / amax)
+    elif "scale_inv_max" in read and "amax" not in read:
+        yield "headroom", float(np.float64(largest) * read["scale_inv_max"] / amax)
+    if not {"amax", "scale_inv"} & set(read):
+        yield "amax", float(amax)

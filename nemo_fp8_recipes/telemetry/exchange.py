@@ -12,7 +12,8 @@ its minimum and one for its maximum. Integers
 reduce the same way in NCCL and gloo, whose floating-point maxima differ on NaN.
 
 Place 0 says whether a rank read something the layout does not have yet. Then, and in the first logging step,
-the ranks gather their lists anew.
+the ranks gather their lists anew. Steps of another kind, which read more, have a layout of their own, so that
+the others do not carry its empty places.
 """
 
 from __future__ import annotations
@@ -104,8 +105,11 @@ class _Plan:
 class InFlight:
     """Values of one logging step on their way to the host. `result` waits for them."""
 
-    def __init__(self, exchange: Exchange, reading: Reading | None, host: Tensor, event: Any | None) -> None:
+    def __init__(
+        self, exchange: Exchange, kind: str, reading: Reading | None, host: Tensor, event: Any | None
+    ) -> None:
         self._exchange = exchange
+        self._kind = kind
         self._reading = reading
         self._host = host
         self._event = event
@@ -121,8 +125,8 @@ class InFlight:
             self._event.synchronize()
         host = self._host.numpy()
         if host[0] and collective:
-            return self._exchange.combine_anew(self._reading)
-        return self._exchange.take(host)
+            return self._exchange.combine_anew(self._reading, self._kind)
+        return self._exchange.take(host, self._kind)
 
 
 class Exchange:
@@ -140,40 +144,45 @@ class Exchange:
         self._rank = dist.get_rank(group) if self._distributed else 0
         self._writer = writer
         self._indices = IndexCache()
-        self._known: set[ReadingSpec] = set()
-        self._layout: _Layout | None = None
+        self._known: dict[str, set[ReadingSpec]] = {}
+        self._layouts: dict[str, _Layout] = {}
+        self._plans: dict[int, tuple[_Layout, tuple[ReadingSpec, ...], _Plan]] = {}
         self._source: int | None = None
-        self._plan: tuple[_Layout, tuple[ReadingSpec, ...], _Plan] | None = None
 
     @property
     def alone(self) -> bool:
         """There is one rank only."""
         return self._world_size == 1
 
-    def start(self, reading: Reading | None, device: torch.device) -> InFlight:
+    def start(self, reading: Reading | None, device: torch.device, *, kind: str = "") -> InFlight:
         """Reduce over ranks and start the copy to the host. Every rank calls this in every logging step, also
         with nothing to show.
+
+        Args:
+            reading: what this rank read.
+            device: where the model is.
+            kind: of the step, the same on every rank; steps of one kind read the same things.
         """
-        self._known.update(reading.specs if reading is not None else ())
-        layout = self._layout
+        self._known.setdefault(kind, set()).update(reading.specs if reading is not None else ())
+        layout = self._layouts.get(kind)
         if layout is None:
-            layout = self._agree()
+            layout = self._agree(kind)
         places = self._reduce(layout, reading, device)
         if not self._writer:
             places = places[:1]
         if places.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return InFlight(self, reading, places, None)
+            return InFlight(self, kind, reading, places, None)
         host = torch.empty(places.shape, dtype=places.dtype, pin_memory=True)
         host.copy_(places, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return InFlight(self, reading, host, event)
+        return InFlight(self, kind, reading, host, event)
 
-    def combine_anew(self, reading: Reading | None) -> dict[ReadingSpec, np.ndarray]:
+    def combine_anew(self, reading: Reading | None, kind: str) -> dict[ReadingSpec, np.ndarray]:
         """Agree on a layout that holds everything, and combine with it. Every rank calls this together."""
-        layout = self._agree()
+        layout = self._agree(kind)
         device = reading.values.device if reading is not None else self._device()
-        return self.take(self._reduce(layout, reading, device).cpu().numpy())
+        return self.take(self._reduce(layout, reading, device).cpu().numpy(), kind)
 
     def same_everywhere(self, value: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
         """The writer's `value` on every rank; collective. Where it is empty, as it mostly is, this costs one
@@ -200,9 +209,9 @@ class Exchange:
         rank = int(mine) % self._world_size  # nobody writes: rank 0 says that there is nothing
         return rank if self._group is None else int(dist.get_global_rank(self._group, rank))
 
-    def take(self, places: np.ndarray) -> dict[ReadingSpec, np.ndarray]:
+    def take(self, places: np.ndarray, kind: str) -> dict[ReadingSpec, np.ndarray]:
         """The values in the places of the layout; specs that no rank had in this step are left out."""
-        layout = self._layout
+        layout = self._layouts.get(kind)
         if layout is None or not self._writer:
             return {}
         minimum = np.zeros(layout.size, dtype=bool)
@@ -230,15 +239,16 @@ class Exchange:
                     found[largest] = values[end : end + spec.length]
         return found
 
-    def _agree(self) -> _Layout:
-        specs = sorted(self._known)
+    def _agree(self, kind: str) -> _Layout:
+        known = self._known[kind]
+        specs = sorted(known)
         if self._world_size > 1:
             gathered: list[Any] = [None] * self._world_size
             dist.all_gather_object(gathered, specs, group=self._group)
             specs = [ReadingSpec(*spec) for rank in gathered for spec in rank]
-        self._known.update(specs)
-        self._layout = _Layout.of(specs, self._world_size)
-        return self._layout
+        known.update(specs)
+        self._layouts[kind] = _Layout.of(specs, self._world_size)
+        return self._layouts[kind]
 
     def _reduce(self, layout: _Layout, reading: Reading | None, device: torch.device) -> Tensor:
         places = torch.full((layout.size,), _ABSENT, dtype=torch.int32, device=device)
@@ -257,8 +267,9 @@ class Exchange:
 
     def _plan_for(self, layout: _Layout, reading: Reading) -> _Plan:
         """Where this rank's numbers go. The same in every step that reads the same."""
-        if self._plan is not None and self._plan[0] is layout and self._plan[1] == reading.specs:
-            return self._plan[2]
+        planned = self._plans.get(id(layout))
+        if planned is not None and planned[0] is layout and planned[1] == reading.specs:
+            return planned[2]
         places, source, minimum = [], [], []
         position, unknown = 0, False
         for spec in reading.specs:
@@ -276,7 +287,11 @@ class Exchange:
                     minimum.append(np.zeros(spec.length, dtype=bool))
             position += spec.length
         plan = _Plan(_joined(places), _joined(source), _joined(minimum), unknown)
-        self._plan = (layout, reading.specs, plan)
+        # Layouts that were replaced by a larger one go.
+        self._plans = {
+            id(kept): self._plans[id(kept)] for kept in self._layouts.values() if id(kept) in self._plans
+        }
+        self._plans[id(layout)] = (layout, reading.specs, plan)
         return plan
 
     def _device(self) -> torch.device:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from nemo_fp8_recipes.telemetry.linears import Operand, linears
+from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.telemetry.linears import Linear, Operand, linears
 from nemo_fp8_recipes.telemetry.probes import (
     BlockProbe,
     DelayedProbe,
+    ElementProbe,
     Nvfp4Probe,
     Probe,
     Reading,
+    ReadingSpec,
     TensorwiseProbe,
 )
+from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
-from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam
+from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam, is_quantized, is_quantizer
+from nemo_fp8_recipes.telemetry.sources import sources
+from nemo_fp8_recipes.telemetry.whatif import WhatIf
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +32,41 @@ if TYPE_CHECKING:
 __all__ = ["Observer"]
 
 
+class _Known(NamedTuple):
+    """An object of Transformer Engine, kept so that its id stays its own, and whose it is."""
+
+    kept: Any
+    linear: Linear
+    operand: Operand
+
+
+class _Made(NamedTuple):
+    """One quantised operand that a call of the binding made."""
+
+    operand: Operand
+    quantizer: Any
+    tensor: Any
+    written_again: bool
+    position: int
+
+
 class Observer:
     """Sees every quantised operand of a model's linears between `begin` and `end`.
+
+    A forward pass of a module in evaluation mode does not count, nor does one that is repeated in the
+    backward pass (activation recompute).
 
     Args:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
         history: whether to read delayed scaling's windows.
+        whatif: globs over `<module>/<tensor>` of the operands to judge under the other recipes.
     """
 
-    def __init__(self, model: nn.Module | Sequence[nn.Module], *, history: bool) -> None:
+    def __init__(
+        self, model: nn.Module | Sequence[nn.Module], *, history: bool, whatif: Sequence[str] = ()
+    ) -> None:
         self._linears = linears(model)
-        indices = IndexCache()
+        indices = self._indices = IndexCache()
         self._delayed = DelayedProbe(self._linears, indices, history=history)
         self._by_quantizer: dict[str, Probe] = {
             "Float8CurrentScalingQuantizer": TensorwiseProbe(indices),
@@ -44,11 +74,17 @@ class Observer:
             "MXFP8Quantizer": BlockProbe(indices, "mxfp8"),
             "NVFP4Quantizer": Nvfp4Probe(indices),
         }
-        self._operands: dict[int, tuple[Any, Operand]] = {}
+        self._elements = ElementProbe(indices)
+        self._whatif = WhatIf(whatif, indices)
+        self._operands: dict[int, _Known] = {}
+        self._weights: dict[int, _Known] = {}
+        self._seen: set[Operand] = set()
+        self._measured: set[Operand] = set()
         self._primary_read = False
+        self._stats = False
         self._seam = BindingSeam(
             {
-                **dict.fromkeys(QUANTISING, self._quantising),
+                **{name: functools.partial(self._quantising, name) for name in QUANTISING},
                 "fused_amax_and_scale_update_after_reduction": self._delayed.fused_update,
             },
             {"_amax_and_scale_update": self._delayed.unfused_update},
@@ -58,10 +94,17 @@ class Observer:
     def probes(self) -> tuple[Probe, ...]:
         return (self._delayed, *self._by_quantizer.values())
 
-    def begin(self) -> None:
-        """A logging step starts."""
+    def begin(self, *, stats: bool = False) -> None:
+        """A logging step starts.
+
+        Args:
+            stats: whether to read the tensors themselves in it, beside what Transformer Engine computed.
+        """
         for probe in self.probes:
             probe.begin()
+        self._elements.begin()
+        self._stats = stats
+        self._seen, self._measured = set(), set()
         self._primary_read = False
         self._know_quantizers()
         self._seam.open()
@@ -73,7 +116,13 @@ class Observer:
             self._read_weights(primary=True)
         self._read_weights(primary=False)
         with torch.no_grad():
-            readings = [reading for probe in self.probes if (reading := probe.end()) is not None]
+            ends = [
+                *(probe.end for probe in self.probes),
+                self._elements.end,
+                self._whatif.end,
+                self._unobserved,
+            ]
+            readings = [reading for end in ends if (reading := end()) is not None]
         if not readings:
             return None
         return Reading(
@@ -85,50 +134,113 @@ class Observer:
         """Leave Transformer Engine as it was, whatever state the step is in."""
         self._seam.close()
 
-    def _quantising(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Around a function of the binding that quantises."""
+    def _quantising(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the function `name` of the binding, which quantises."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             given = [*args, *kwargs.values()]
-            # A tensor that is written again is a weight or a parameter, and is read where it is kept.
-            if not any(_is(argument, "QuantizedTensorStorage") for argument in given):
-                for quantizer, tensor in _made(given, result):
-                    self._quantised(quantizer, tensor)
+            pairs = _made(given, result)
+            # A tensor that is written again is a weight or a parameter, and its scale is read where it is
+            # kept.
+            written_again = any(is_quantized(argument) for argument in given)
+            made = [
+                _Made(known.operand, quantizer, tensor, written_again, position)
+                for position, (quantizer, tensor) in enumerate(pairs)
+                if (known := self._known(quantizer, tensor)) is not None and self._counts(known)
+            ]
+            for one in made:
+                self._quantised(one)
+            reread = [one for one in made if self._is_reread(one.operand)]
+            if reread:
+                found = sources(name, original, args, kwargs, len(pairs))
+                if found is not None:
+                    for one in reread:
+                        self._reread(one, found[one.position])
             return result
 
         return call
 
-    def _quantised(self, quantizer: Any, tensor: Any) -> None:
-        probe = self._by_quantizer.get(type(quantizer).__name__)
-        if probe is None:
+    def _counts(self, known: _Known) -> bool:
+        """Whether this is the operand's own pass through a training step, no evaluation and no repetition."""
+        if known.operand.tensor == "grad_output":
+            return True
+        if not known.linear.module.training:
+            return False
+        in_backward = torch._C._current_graph_task_id() != -1
+        return not (in_backward and known.operand in self._seen)
+
+    def _quantised(self, made: _Made) -> None:
+        self._seen.add(made.operand)
+        probe = self._by_quantizer.get(type(made.quantizer).__name__)
+        if probe is None or made.written_again:
             return
-        operand = self._operand(quantizer)
-        if operand is None:
-            return
-        if operand.tensor == "grad_output" and not self._primary_read:
+        if made.operand.tensor == "grad_output" and not self._primary_read:
             # The first backward pass: every forward pass has begun on this rank, and the optimizer, which
             # writes quantised parameters anew, has not run.
             self._read_weights(primary=True)
-        probe.quantised(operand, quantizer, tensor)
+        probe.quantised(made.operand, made.quantizer, made.tensor)
 
-    def _operand(self, quantizer: Any) -> Operand | None:
-        """Whose quantizer this is; None for one that is not of a linear of this model, such as the copy that
-        every quantised tensor carries.
+    def _is_reread(self, operand: Operand) -> bool:
+        """Whether the tensor itself is read: a weight once a step, as it does not change within one."""
+        if operand.tensor == "weight" and operand in self._measured:
+            return False
+        return self._stats or self._whatif.wants(operand)
+
+    def _reread(self, made: _Made, source: torch.Tensor) -> None:
+        self._measured.add(made.operand)
+        if self._stats:
+            self._elements.quantised(made.operand, made.quantizer, made.tensor, source)
+        if self._whatif.wants(made.operand):
+            self._whatif.quantised(made.operand, recipe_of(made.quantizer), source, judge=self._stats)
+
+    def _known(self, quantizer: Any, tensor: Any) -> _Known | None:
+        """Whose quantizer this is, or whose weight is written; None for what is of no linear of this model,
+        such as the copy of its quantizer that every quantised tensor carries.
         """
+        for table, key in ((self._operands, quantizer), (self._weights, tensor)):
+            known = table.get(id(key))
+            if known is not None and known.kept is key:
+                return known
+        # Quantizers appear in a module's first forward, and change with the recipe.
+        self._know_quantizers()
         known = self._operands.get(id(quantizer))
-        if known is None or known[0] is not quantizer:
-            # Quantizers appear in a module's first forward, and change with the recipe.
-            self._know_quantizers()
-            known = self._operands.get(id(quantizer))
-        return known[1] if known is not None and known[0] is quantizer else None
+        return known if known is not None and known.kept is quantizer else None
 
     def _know_quantizers(self) -> None:
         self._operands = {
-            id(quantizer): (quantizer, Operand(linear.path, tensor))
+            id(quantizer): _Known(quantizer, linear, Operand(linear.path, tensor))
             for linear in self._linears
             for tensor, quantizer in linear.quantizers()
         }
+        # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
+        self._weights = {
+            id(weight): _Known(weight, linear, Operand(linear.path, "weight"))
+            for linear in self._linears
+            if not linear.primary and (weight := linear.weight()) is not None
+        }
+
+    def _unobserved(self) -> Reading | None:
+        """Operands of quantised modules of which nothing was seen in the step: what a replayed CUDA graph
+        quantises passes no function that could be watched.
+        """
+        specs = []
+        device = None
+        for linear in self._linears:
+            if not linear.module.fp8 or not linear.module.training:
+                continue
+            quantizers = dict(linear.quantizers())
+            if any(Operand(linear.path, tensor) in self._seen for tensor in quantizers):
+                continue
+            device = next(linear.module.parameters()).device
+            specs += [
+                ReadingSpec(
+                    linear.path, tensor, "unobserved", recipe_of(quantizer), element_format(quantizer), "max"
+                )
+                for tensor, quantizer in quantizers.items()
+                if quantizer is not None
+            ]
+        return Reading(tuple(specs), torch.ones(len(specs), device=device)) if specs else None
 
     def _read_weights(self, *, primary: bool) -> None:
         """Weights that stay quantised over the step: parameters, or the copies kept for its micro-batches."""
@@ -140,7 +252,8 @@ class Observer:
             quantizer = getattr(weight, "_quantizer", None)
             probe = self._by_quantizer.get(type(quantizer).__name__)
             if probe is not None:
-                probe.quantised(Operand(linear.path, "weight"), quantizer, weight)
+                operand = Operand(linear.path, "weight")
+                probe.quantised(operand, quantizer, weight)
                 found = True
         if primary:
             self._primary_read = True
@@ -152,25 +265,12 @@ class Observer:
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:
     """Pairs of quantizer and the tensor it made, from arguments and result of a binding function."""
     results = result if isinstance(result, (tuple, list)) else (result,)
-    made = [item for item in results if _is(item, "QuantizedTensorStorage")]
+    made = [item for item in results if is_quantized(item)]
     if not made:
         return []
     for argument in given:
-        if _is(argument, "Quantizer"):
+        if is_quantizer(argument):
             return [(argument, tensor) for tensor in made]
-        if isinstance(argument, (list, tuple)) and any(_is(item, "Quantizer") for item in argument):
+        if isinstance(argument, (list, tuple)) and any(is_quantizer(item) for item in argument):
             return list(zip(argument, made, strict=False))
     return []
-
-
-def _is(value: Any, name: str) -> bool:
-    kind: Any = type(value)
-    return _derives(kind, name)
-
-
-@functools.lru_cache(maxsize=1024)
-def _derives(kind: Hashable, name: str) -> bool:
-    return any(
-        base.__name__ == name and base.__module__.startswith("transformer_engine")
-        for base in getattr(kind, "__mro__", ())
-    )

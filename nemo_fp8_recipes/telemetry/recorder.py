@@ -52,6 +52,8 @@ class Recorder:
         log_every: optimizer steps between two logging steps.
         flush_every: logging steps between two flushes of the sinks.
         history: whether to read delayed scaling's windows.
+        stats_every: optimizer steps between two logging steps that read the tensors themselves; 0: none do.
+        whatif: globs over `<module>/<tensor>` of the operands to judge under the other recipes in those.
         watch: the alert rules, where the values are; None for none.
         on_alert: called with the alerts of a step, on every rank with the same ones, before the next step;
             it may use collectives. None asks the ranks for no agreement on them.
@@ -66,17 +68,20 @@ class Recorder:
         log_every: int,
         flush_every: int,
         history: bool,
+        stats_every: int = 0,
+        whatif: Sequence[str] = (),
         watch: Watch | None = None,
         on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
     ) -> None:
         self._watch = watch
         self._on_alert = on_alert
-        self._observer = Observer(model, history=history) if model is not None else None
+        self._observer = Observer(model, history=history, whatif=whatif) if model is not None else None
         self._device = _device_of(model)
         self._exchange = exchange
         self._sinks = [GuardedSink(sink) for sink in sinks]
         self._log_every = log_every
         self._flush_every = flush_every
+        self._stats_every = stats_every
         self._recording: int | None = None
         self._in_flight: tuple[int, InFlight] | None = None
         self._since_flush = 0
@@ -88,15 +93,22 @@ class Recorder:
         return {sink.name: sink.lost for sink in self._sinks if sink.error is not None}
 
     def logs(self, step: int) -> bool:
-        """Whether `step`, counted from 1, is a logging step: the first one and every `log_every`th."""
-        return self._observer is not None and (step == 1 or step % self._log_every == 0)
+        """Whether `step`, counted from 1, is a logging step: the first one, every `log_every`th, and every
+        one that reads the tensors.
+        """
+        due = step == 1 or step % self._log_every == 0
+        return self._observer is not None and (due or self.reads_tensors(step))
+
+    def reads_tensors(self, step: int) -> bool:
+        """Whether the tensors themselves are read in `step`: the first one and every `stats_every`th."""
+        return self._stats_every > 0 and (step == 1 or step % self._stats_every == 0)
 
     def begin_step(self, step: int) -> None:
         """Before the first forward pass of optimizer step `step`, counted from 1."""
         self._deliver()
         if self._observer is not None and self.logs(step):
             self._recording = step
-            self._observer.begin()
+            self._observer.begin(stats=self.reads_tensors(step))
 
     def end_step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """After the optimizer step and before anything else runs the model.
@@ -108,7 +120,8 @@ class Recorder:
         if self._observer is not None and self._recording == step:
             self._recording = None
             reading = self._observer.end()
-            self._in_flight = (step, self._exchange.start(reading, self._device))
+            kind = "stats" if self.reads_tensors(step) else ""
+            self._in_flight = (step, self._exchange.start(reading, self._device, kind=kind))
         if metrics:
             for sink in self._sinks:
                 sink.metrics(step, metrics)

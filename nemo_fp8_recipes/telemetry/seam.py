@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["QUANTISING", "BindingSeam"]
+__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -113,3 +113,23 @@ class BindingSeam:
             return wrapped(*args, **kwargs)
 
         return call
+
+
+def is_quantizer(value: object) -> bool:
+    """Whether `value` is one of Transformer Engine's quantizers."""
+    kind: Any = type(value)
+    return _derives(kind, "Quantizer")
+
+
+def is_quantized(value: object) -> bool:
+    """Whether `value` is one of Transformer Engine's quantised tensors, or the storage of one."""
+    kind: Any = type(value)
+    return _derives(kind, "QuantizedTensorStorage")
+
+
+@functools.lru_cache(maxsize=1024)
+def _derives(kind: Hashable, name: str) -> bool:
+    return any(
+        base.__name__ == name and base.__module__.startswith("transformer_engine")
+        for base in getattr(kind, "__mro__", ())
+    )

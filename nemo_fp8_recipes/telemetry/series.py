@@ -40,12 +40,13 @@ class Stat:
     windowed: bool = False
 
 
+_ALL = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
 _BLOCK_SCALES = ("blockwise", "mxfp8", "nvfp4")
 
 STATS = {
     stat.name: stat
     for stat in (
-        Stat("amax", ("delayed", "tensorwise", "nvfp4"), "largest magnitude of the tensor in this step"),
+        Stat("amax", _ALL, "largest magnitude of the tensor in this step"),
         Stat(
             "amax_bound",
             ("blockwise", "mxfp8"),
@@ -55,7 +56,7 @@ STATS = {
         Stat("scale", ("delayed", "tensorwise"), "factor the tensor was multiplied with before the cast"),
         Stat("scale_max", ("delayed",), "largest scale of the ranks, where it is not `scale`"),
         Stat("scale_next", ("delayed",), "factor of the next cast, after the update"),
-        Stat("headroom", ("delayed",), "fp8_max / (amax x scale): below 1 the largest values are clipped"),
+        Stat("headroom", _ALL[:-1], "fp8_max / (amax x scale): below 1 the largest values are clipped"),
         Stat("scale_inv", ("tensorwise",), "inverse scale stored with the FP8 tensor"),
         Stat("scale_inv_min", _BLOCK_SCALES, "smallest inverse block scale"),
         Stat("scale_inv_max", _BLOCK_SCALES, "largest inverse block scale"),
@@ -67,6 +68,13 @@ STATS = {
         Stat("scale_inv_at_min", _BLOCK_SCALES, "fraction of blocks whose scale is the format's smallest"),
         Stat("scale_inv_at_max", _BLOCK_SCALES, "fraction of blocks whose scale is the format's largest"),
         Stat("blocks", _BLOCK_SCALES, "blocks of one quantised tensor on one rank"),
+        Stat("underflow", _ALL, "fraction of elements that are not zero and became zero"),
+        Stat("saturation", _ALL, "fraction of elements that were clipped at the largest magnitude"),
+        Stat("zeros", _ALL, "fraction of elements that are zero in high precision"),
+        Stat("nonfinite", _ALL, "elements that are NaN or Inf in high precision"),
+        Stat("sqnr", _ALL, "signal to quantisation noise in dB"),
+        Stat("bulk_error", _ALL, "relative error of all elements but the largest 1 %"),
+        Stat("unobserved", _ALL, "1: nothing of the tensor was seen in this step (CUDA graph)"),
     )
 }
 

@@ -307,6 +307,8 @@ class _Session:
                 self.settings.recipe,
                 directory=path,
                 log_every=settings.log_every,
+                stats_every=settings.stats_every,
+                whatif=settings.whatif,
                 sinks=settings.sinks,
                 history=settings.history,
                 flush_every=settings.flush_every,

@@ -119,7 +119,14 @@ def main(device: str, recipe_name: str, out: Path) -> None:
     model = Model(2)
     watch(model)
     before = functions()
-    recorder = telemetry.attach(model, recipe, directory=out / "run", log_every=LOG_EVERY)
+    recorder = telemetry.attach(
+        model,
+        recipe,
+        directory=out / "run",
+        log_every=LOG_EVERY,
+        stats_every=LOG_EVERY,
+        whatif=["second.0/*", "first.1/grad*"],
+    )
     counts: dict[int, Any] = {}
     train(model, recorder, STEPS, counts)
     recorder.close()
@@ -132,7 +139,9 @@ def main(device: str, recipe_name: str, out: Path) -> None:
         te.quantization.FP8GlobalStateManager.reset()
         size: dict[int, Any] = {}
         sized = Model(blocks)
-        other = telemetry.attach(sized, recipe, directory=out / f"size{blocks}", log_every=1, sinks=[])
+        other = telemetry.attach(
+            sized, recipe, directory=out / f"size{blocks}", log_every=1, stats_every=0, sinks=[]
+        )
         train(sized, other, 1, size)
         launches[blocks] = size[1]["end"]
         other.close()

@@ -199,6 +199,17 @@ def test_closing_alone_waits_for_nobody(collective: bool) -> None:
     exchange.start(Reading((spec("a"),), torch.tensor([1.0])), CPU).result()
     in_flight = exchange.start(Reading((spec("a"), spec("z")), torch.tensor([2.0, 3.0])), CPU)
     gathered = []
-    exchange.combine_anew = lambda reading: gathered.append(reading) or {}  # type: ignore[method-assign,func-returns-value]  # observes the call
+    exchange.combine_anew = lambda reading, kind: gathered.append(reading) or {}  # type: ignore[method-assign,func-returns-value]  # observes the call
     in_flight.result(collective=collective)
     assert bool(gathered) is collective
+
+
+def test_steps_that_read_more_have_a_layout_of_their_own() -> None:
+    exchange = Exchange(None, writer=True)
+    few = Reading((spec("a"),), torch.tensor([1.0]))
+    many = Reading((spec("a"), spec("b"), spec("c")), torch.tensor([1.0, 2.0, 3.0]))
+    for _ in range(2):
+        assert len(exchange.start(many, CPU, kind="stats").result()) == 3
+        in_flight = exchange.start(few, CPU)
+        assert in_flight._host.numel() == 2  # the flag and the one number
+        assert list(in_flight.result()) == [spec("a")]

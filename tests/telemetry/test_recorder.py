@@ -26,9 +26,12 @@ class Observed:
         self.recording = 0
         self.steps = 0
         self.abandoned = False
+        self.reread: list[int] = []
 
-    def begin(self) -> None:
+    def begin(self, *, stats: bool) -> None:
         self.recording += 1
+        if stats:
+            self.reread.append(self.steps + 1)
 
     def end(self) -> Reading:
         self.recording -= 1
@@ -40,7 +43,9 @@ class Observed:
         self.abandoned = True
 
 
-def recorder(run_dir: Path, *, log_every: int = 1, flush_every: int = 1) -> tuple[Recorder, Observed]:
+def recorder(
+    run_dir: Path, *, log_every: int = 1, flush_every: int = 1, stats_every: int = 0
+) -> tuple[Recorder, Observed]:
     made = Recorder(
         torch.nn.Linear(1, 1),
         Exchange(None, writer=True),
@@ -48,6 +53,7 @@ def recorder(run_dir: Path, *, log_every: int = 1, flush_every: int = 1) -> tupl
         log_every=log_every,
         flush_every=flush_every,
         history=True,
+        stats_every=stats_every,
     )
     observed = Observed()
     made._observer = observed  # type: ignore[assignment]  # a stand-in for the part that needs a GPU library
@@ -70,6 +76,14 @@ def test_the_first_step_and_every_nth_are_logged(tmp_path: Path) -> None:
     made.close()
     assert steps_in(tmp_path) == [1, 10, 20]
     assert list(scalars(tmp_path / "tensorboard")["train/loss"]) == list(range(1, 26))
+
+
+def test_steps_that_read_the_tensors_are_logging_steps_too(tmp_path: Path) -> None:
+    made, observed = recorder(tmp_path, log_every=10, stats_every=15)
+    train(made, 1, 31)
+    made.close()
+    assert steps_in(tmp_path) == [1, 10, 15, 20, 30]
+    assert observed.reread == [1, 3, 5]  # the first, third and fifth of them: 1, 15, 30
 
 
 def test_values_belong_to_their_own_step(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def test_the_yaml_names_every_key_with_its_default_and_a_comment() -> None:
     [
         ({"log_every": 0}, "telemetry.log_every=0"),
         ({"flush_every": -1}, "telemetry.flush_every=-1"),
+        ({"stats_every": -1}, "telemetry.stats_every=-1"),
+        ({"stats_every": 0, "whatif": ["*/input"]}, "telemetry.stats_every=0"),
         ({"sinks": ["parket"]}, "Did you mean 'parquet'?"),
     ],
 )

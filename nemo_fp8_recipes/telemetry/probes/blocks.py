@@ -240,14 +240,14 @@ def _positions(waiting: list[_Scales]) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def unpadded_positions(rows: int, columns: int, all_rows: int, all_columns: int, swizzle: str) -> np.ndarray:
     """Flat positions, int64 (rows * columns,), of the scales in use in an allocation of all_rows x
-    all_columns.
+    all_columns, in the order of the blocks (columnwise: of the transposed array).
 
     Args:
         swizzle: "" for a plain row-major array, "rowwise" for tiles of 128 x 4 in the order of cuBLAS' block
             scaling layout (row r, column c of a tile lie at (r % 32) * 16 + (r // 32) * 4 + c), "columnwise"
             for the same of the transposed array.
     """
-    if rows * columns == all_rows * all_columns:
+    if swizzle == "" and rows * columns == all_rows * all_columns:
         return np.arange(rows * columns, dtype=np.int64)
     r, c = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     if swizzle == "":

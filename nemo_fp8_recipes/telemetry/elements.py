@@ -1,0 +1,95 @@
+"""What quantisation did to the elements of a tensor: the sums that all its statistics follow from.
+
+Sums, not ratios: added over micro-batches and averaged over ranks they give the ratio of all elements
+together, whatever share each part had.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["MEASURED", "measure"]
+
+MEASURED: tuple[tuple[str, Literal["sum", "max"]], ...] = (
+    ("elements", "sum"),
+    ("zero_elements", "sum"),
+    ("underflows", "sum"),
+    ("saturated", "sum"),
+    ("nonfinite", "sum"),
+    ("norm", "sum"),
+    ("noise", "sum"),
+    ("bulk_norm", "sum"),
+    ("bulk_noise", "sum"),
+    ("largest", "max"),
+)
+"""What `measure` gives, in order, and how the parts of a tensor are put together. The norms are squared."""
+
+_BULK = 0.99
+"""Share of the elements that count for the bulk: all but the largest."""
+
+_SAMPLE = 1 << 15
+"""Elements from which the bulk's limit is estimated; 1 % is then 1 % +- 0.06 % (standard deviation)."""
+
+_ROUNDING = 1 + 2.0**-20
+"""What rounding of scale and inverse scale may add to the largest magnitude without clipping it."""
+
+
+def measure(source: Tensor, values: Tensor, limit: Tensor) -> Tensor:
+    """Compare a tensor with its quantised self. Waits for nothing; about 40 kernels.
+
+    Elements that are NaN or Inf count as `elements` and `nonfinite` and nowhere else.
+
+    Args:
+        source: what was quantised, any floating dtype, (rows, columns), not empty.
+        values: fp32 of the same shape: the values that its codes stand for.
+        limit: fp32, broadcastable to it: the largest magnitude that a code can stand for.
+
+    Returns:
+        fp64 (len(MEASURED),): number of elements, of zeros, of elements that are not zero and became zero, of
+        elements above the limit, of elements that are NaN or Inf; squared norms of the tensor and of its
+        error, and both over the bulk; largest magnitude.
+    """
+    with torch.no_grad():
+        x = source.detach().to(torch.float32, copy=True)
+        unknown = x - x  # NaN where x is NaN or Inf, else 0
+        values = values.add(unknown).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        magnitude = x.abs()
+        largest = magnitude.amax()
+        counts = [x, values, magnitude > limit * _ROUNDING, unknown]
+        nonzero, kept, saturated, nonfinite = torch.stack([part.count_nonzero() for part in counts]).to(
+            torch.float64
+        )
+        # Squares of what is scaled to at most 1 neither overflow nor, where they matter, underflow.
+        inverse = torch.where(largest > 0, 1.0 / largest, 0.0).clamp_max(torch.finfo(torch.float32).max)
+        error = values.sub_(x).mul_(inverse)
+        x.mul_(inverse)
+        norms = [torch.linalg.vector_norm(part) for part in (x, error)]
+        bulk = magnitude.le_(_bulk_limit(magnitude))  # 1 and 0
+        norms += [torch.linalg.vector_norm(part.mul_(bulk)) for part in (x, error)]
+        largest = largest.to(torch.float64)
+        squares = torch.stack(norms).to(torch.float64).mul_(largest).square_()
+        number = torch.full_like(largest, x.numel())
+        counted = torch.stack(
+            [number, number - nonzero - nonfinite, nonzero - kept, saturated, nonfinite, largest]
+        )
+        return torch.cat([counted[:-1], squares, counted[-1:]])
+
+
+def _bulk_limit(magnitude: Tensor) -> Tensor:
+    """Magnitude that all but the largest 1 % of the elements do not exceed; fp32, one element.
+
+    Of more than `_SAMPLE` elements it is that of an even sample. Its stride has no factor in common with the
+    row length, so that it visits every column alike.
+    """
+    flat = magnitude.reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLE)
+    while math.gcd(stride, magnitude.shape[-1]) > 1:
+        stride += 1
+    sample = flat[::stride]
+    top = sample.numel() - math.ceil(_BULK * sample.numel()) + 1
+    return sample.topk(top, sorted=False).values.amin()

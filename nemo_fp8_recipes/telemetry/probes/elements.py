@@ -1,0 +1,94 @@
+"""The stats tier: every quantised tensor is read again and compared with the one it was made from.
+
+This launches about 40 kernels a tensor and reads both tensors several times, at the moment of quantisation:
+kept for later, activations would outlive their layer, and what is written in place would be gone. What is
+done at the end of the step does not depend on how many modules there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
+from nemo_fp8_recipes.telemetry.linears import Operand
+from nemo_fp8_recipes.telemetry.probes.base import Combine, Reading, ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+from nemo_fp8_recipes.telemetry.probes.stored import stored
+
+__all__ = ["ElementProbe", "ElementSums"]
+
+_SUMS = sum(how == "sum" for _, how in MEASURED)
+_NORMS = ("norm", "noise", "bulk_norm", "bulk_noise")
+_COMBINE: dict[str, Combine] = {
+    **dict.fromkeys(_NORMS, "rms"),
+    "nonfinite": "max",
+    "largest": "max",
+}
+
+
+class ElementSums:
+    """Measurements of the step's tensors, added up by operand at its end.
+
+    The key of a measurement is the spec of its readings, but for their names.
+    """
+
+    def __init__(self, indices: IndexCache) -> None:
+        self._indices = indices
+        self._slots: dict[ReadingSpec, int] = {}
+        self._slot_of: list[int] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, key: ReadingSpec, measured: Tensor) -> None:
+        """One tensor's `measure`."""
+        self._slot_of.append(self._slots.setdefault(key, len(self._slots)))
+        self._rows.append(measured)
+
+    def end(self) -> Reading | None:
+        """Everything since the last call."""
+        if not self._rows:
+            return None
+        rows = torch.stack(self._rows)
+        slots = self._indices.on(rows.device, self._slot_of)
+        size = len(self._slots)
+        sums = rows.new_zeros((size, _SUMS)).index_add_(0, slots, rows[:, :_SUMS])
+        first = [name for name, _ in MEASURED].index(_NORMS[0])
+        sums[:, first : first + len(_NORMS)].sqrt_()
+        largest = rows.new_zeros(size).scatter_reduce_(0, slots, rows[:, _SUMS], "amax")
+        table = torch.cat([sums, largest[:, None]], dim=1).to(torch.float32)
+        specs = tuple(
+            key._replace(name=name, combine=_COMBINE.get(name, "mean"))
+            for key in self._slots
+            for name, _ in MEASURED
+        )
+        self._slots, self._slot_of, self._rows = {}, [], []
+        return Reading(specs, table.reshape(-1))
+
+
+class ElementProbe:
+    """Measures every quantised tensor of a step against its source."""
+
+    def __init__(self, indices: IndexCache) -> None:
+        self._indices = indices
+        self.begin()
+
+    def begin(self) -> None:
+        self._sums = ElementSums(self._indices)
+
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any, source: Tensor) -> None:
+        """`quantizer` made `tensor` of `source`, of any shape with the same last dimension."""
+        if source.numel() == 0:
+            return  # an expert that got no token
+        found = stored(quantizer, tensor, self._indices)
+        if found is None:
+            return
+        spec = ReadingSpec(
+            operand.module, operand.tensor, "", recipe_of(quantizer), element_format(quantizer), "mean"
+        )
+        self._sums.add(spec, measure(source.reshape(found.values.shape), found.values, found.limit))
+
+    def end(self) -> Reading | None:
+        return self._sums.end()

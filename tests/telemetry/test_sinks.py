@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import subprocess
 import sys
 import types
 from collections.abc import Mapping
@@ -293,3 +294,53 @@ def test_an_unwritable_store_counts_what_it_held(tmp_path: Path, caplog: pytest.
     sink.values(step(3))
     assert sink.lost == 3 * len(step(1))
     assert len([r for r in caplog.records if "switched off" in r.message]) == 1
+
+
+FULL_DISK = """
+import json, logging, resource, sys
+from pathlib import Path
+from nemo_fp8_recipes.telemetry.sinks import GuardedSink, build
+from nemo_fp8_recipes.telemetry.store import StoreWriter
+from tests.telemetry.examples import METADATA, step
+
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("nemo_fp8_recipes").addHandler(handler)
+run_dir = Path(sys.argv[1])
+sinks = [GuardedSink(sink) for sink in build(["parquet", "tensorboard", "jsonl"], run_dir, METADATA)]
+for number in range(1, 61):
+    if number == 21:  # from here on no file may grow beyond this
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    for sink in sinks:
+        sink.values(step(number, layers=40))
+        if number % 10 == 0:
+            sink.flush()
+for sink in sinks:
+    sink.close()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps({"lost": {sink.name: sink.lost for sink in sinks}, "warnings": warnings}))
+"""
+
+
+def test_a_full_disk_switches_sinks_off_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    a_step = len(step(1, layers=40))
+    assert seen["lost"]["parquet"] == seen["lost"]["jsonl"] == 40 * a_step
+    assert seen["lost"]["tensorboard"] > 0
+    for name in ("parquet", "jsonl"):
+        about = [line for line in seen["warnings"] if f"sink {name} " in line]
+        assert "is switched off after 3 attempts: OSError" in about[0]
+        assert about[1:] == [line for line in about[1:] if line.startswith(f"Telemetry sink {name} lost")]
+        assert len(about) == 2
+    # What was written before is whole, and nothing half-written is left.
+    assert store.steps(tmp_path) == (1, 20)
+    assert store.read(tmp_path).num_rows == 20 * a_step
+    assert not list((tmp_path / "telemetry").glob(".*"))
+    lines = (tmp_path / "telemetry" / "values.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
+import json
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,12 @@ from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.store import StoreWriter
+from nemo_fp8_recipes.telemetry.store import merge as merge_module
 from nemo_fp8_recipes.telemetry.store import writer as writer_module
+from nemo_fp8_recipes.telemetry.store.table import NAMES, schema_with, to_table
 from tests.telemetry.examples import METADATA, step
+
+ROOT = Path(__file__).parents[2]
 
 
 def rows(table: pa.Table) -> dict[tuple[int, str, str, str], float | list[float]]:
@@ -167,15 +170,81 @@ def test_parts_that_a_crashed_merge_left_are_not_counted_twice(
 
 
 def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        Path(_[1]).write_bytes(b"half")  # type: ignore[arg-type]  # the file name that write_table is given
-        raise OSError(28, "No space left on device")
+    class Full(pq.ParquetWriter):  # type: ignore[misc]  # pyarrow has no types
+        def write_table(self, *_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
 
     writer = StoreWriter(tmp_path, METADATA)
-    monkeypatch.setattr(writer_module.pq, "write_table", fail)
+    monkeypatch.setattr(writer_module.pq, "ParquetWriter", Full)
     with pytest.raises(OSError, match="No space left"):
         writer.write([step(1)])
     assert list((tmp_path / "telemetry").iterdir()) == []
+
+
+def test_large_parts_are_merged_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_module, "PIECE_ROWS", 20)
+    monkeypatch.setattr(writer_module, "_SMALL_ROW_GROUP", 7)
+    monkeypatch.setattr(writer_module, "_ROW_GROUP", 11)
+    writer = StoreWriter(tmp_path, METADATA)
+    # Modules and statistics come and go; every other step has windows.
+    steps = [step(n, layers=1 + n % 5, window=3 if n % 2 else 0) for n in range(1, 49)]
+    for first in range(0, 48, 3):
+        writer.write(steps[first : first + 3])
+    writer.compact()
+    assert len(store.parts(tmp_path)) == 1
+    table = store.read(tmp_path)
+    assert rows(table) == expected(*steps)
+    keys = [tuple(row[name] for name in (*NAMES, "step")) for row in table.to_pylist()]
+    assert keys == sorted(keys)
+    assert len(list(merge_module.merged([store.parts(tmp_path)[0].path]))) > 1
+
+
+def test_merging_starts_from_the_newest_and_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_MERGE", 3)
+    monkeypatch.setattr(writer_module, "_SIMILAR", 2)
+    writer = StoreWriter(tmp_path, METADATA)
+    for number in range(1, 12):
+        writer.write([step(number)])
+    writer.compact()
+    # Three of one step make one of three, and as the files are alike in size, so do three of those.
+    assert [(part.first, part.last) for part in store.parts(tmp_path)] == [(1, 11)]
+    assert rows(store.read(tmp_path)) == expected(*(step(n) for n in range(1, 12)))
+
+
+@pytest.mark.parametrize("layout", ["v1", "v1 without statistics"])
+def test_a_store_of_an_earlier_release_is_read(tmp_path: Path, layout: str) -> None:
+    """Larger row groups, without statistics or with those of every column, and metadata of its own."""
+    steps = [step(n, window=3) for n in (1, 2, 3)]
+    schema = schema_with(METADATA)
+    (tmp_path / "telemetry").mkdir()
+    pq.write_table(
+        to_table(steps, schema),
+        tmp_path / "telemetry" / "steps-0000000001-0000000003.parquet",
+        row_group_size=1 << 16,
+        write_statistics=layout == "v1",
+    )
+    StoreWriter(tmp_path, METADATA).write([step(4)])
+    assert rows(store.read(tmp_path)) == expected(*steps, step(4))
+    one = store.read(tmp_path, "decoder.layers.1.mlp.linear_fc1", "weight", "amax", first_step=2)
+    assert one.column("step").to_pylist() == [2, 3, 4]
+
+
+def test_one_series_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_SMALL_ROW_GROUP", 6)
+    StoreWriter(tmp_path, METADATA).write([step(1, layers=50)])
+    asked: list[int] = []
+    read = pq.ParquetFile.read_row_groups
+
+    def counted(file: pq.ParquetFile, groups: list[int], **keywords: object) -> pa.Table:
+        asked.extend(groups)
+        return read(file, groups, **keywords)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counted)
+    table = store.read(tmp_path, "decoder.layers.7.mlp.linear_fc1", "input", "amax")
+    assert table.num_rows == 1
+    assert len(asked) == 1
 
 
 def test_reading_goes_on_while_the_store_grows_and_merges(tmp_path: Path) -> None:
@@ -204,29 +273,15 @@ def test_reading_goes_on_while_the_store_grows_and_merges(tmp_path: Path) -> Non
     assert seen == sorted(seen)
 
 
-def _write_forever(run_dir: Path) -> None:
-    writer = StoreWriter(run_dir, METADATA)
-    number = 1
-    while True:
-        writer.write([step(number)])
-        writer.compact()
-        number += 1
-
-
-def test_kill_leaves_a_store_of_complete_steps(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_write_forever, args=(tmp_path,))
-    process.start()
-    deadline = time.monotonic() + 60
-    while (store.steps(tmp_path) or (0, 0))[1] < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    last = (store.steps(tmp_path) or (0, 0))[1]
-    assert rows(store.read(tmp_path)) == expected(*(step(n) for n in range(1, last + 1)))
-    StoreWriter(tmp_path, METADATA).truncate_after(last)
-    assert all(path.name.startswith("steps-") for path in (tmp_path / "telemetry").iterdir())
+def test_kill_at_any_moment_loses_the_unflushed_tail_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.telemetry.crash_program", str(tmp_path / "run"), "12", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    # The moments were of every kind: while a file was written, and after files had been merged.
+    assert seen["steps"] > 50
+    assert seen["merged"] > 0
+    assert seen["leftovers"] > 0
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

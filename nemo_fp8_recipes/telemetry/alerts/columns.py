@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nemo_fp8_recipes.telemetry.series import Series, StepValues
+from nemo_fp8_recipes.telemetry.series import WHATIF, Series, StepValues
 
 __all__ = ["Columns", "OperandTable"]
 
@@ -74,7 +74,7 @@ class OperandTable:
             row = self._rows[key] = len(self.operands)
             self.operands.append(key)
             self.series.append(series)
-        else:
+        elif not series.stat.startswith(f"{WHATIF}/"):  # such a series names the recipe that it asks about
             self.series[row] = series
         return row
 

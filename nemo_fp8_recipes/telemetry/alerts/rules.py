@@ -70,7 +70,8 @@ class RuleCheck:
 
 class Saturation(RuleCheck):
     """Delayed scaling cast with a scale made for a smaller amax: amax x scale above the format's largest
-    value by more than rounding takes back.
+    value by more than rounding takes back. `headroom` knows the worst micro-batch; without it the step's
+    amax and the scale of its last micro-batch have to do.
     """
 
     stats = ("scale_next",)
@@ -84,7 +85,8 @@ class Saturation(RuleCheck):
         largest = np.asarray([FP8_MAX.get(name, np.nan) for name in formats])
         rounding = np.asarray([ROUNDS_TO_MAX.get(name, 1.0) for name in formats])
         with np.errstate(invalid="ignore", over="ignore"):
-            ratio = columns.get("amax") * columns.get("scale") / largest
+            of_step = columns.get("amax") * columns.get("scale") / largest
+            ratio = np.where(columns.present("headroom"), 1 / columns.get("headroom"), of_step)
             violated = delayed & np.isfinite(ratio) & (ratio > self.limit * rounding)
         return Finding(violated, ratio)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ from nemo_fp8_recipes.telemetry.store.alerts import AlertLog
 
 __all__ = ["ParquetSink"]
 
+logger = logging.getLogger(__name__)
+
 
 class ParquetSink(Sink):
     """Writes `<run_dir>/telemetry/*.parquet` and `alerts.jsonl`, schema in docs/schemas/telemetry.md.
+
+    Small files are merged into larger ones by a thread, so that the training does not wait for it.
 
     Args:
         run_dir: the run directory.
@@ -28,6 +34,8 @@ class ParquetSink(Sink):
         self._writer = StoreWriter(run_dir, metadata)
         self._alerts = AlertLog(run_dir)
         self._waiting: list[StepValues] = []
+        self._merging: threading.Thread | None = None
+        self._merges = True
 
     def values(self, values: StepValues) -> None:
         # Alerts are few, and are wanted at once. First, because only this can fail and be tried again.
@@ -35,18 +43,42 @@ class ParquetSink(Sink):
         self._waiting.append(values)
 
     def truncate_after(self, step: int) -> None:
+        self._finish_merging()
         self._waiting = [values for values in self._waiting if values.step <= step]
         self._alerts.truncate_after(step)
         self._writer.truncate_after(step)
 
     def flush(self) -> None:
-        if self._waiting:
-            self._writer.write(self._waiting)
-            self._waiting = []
-            self._writer.compact()
+        if not self._waiting:
+            return
+        self._writer.write(self._waiting)
+        self._waiting = []
+        if self._merges and (self._merging is None or not self._merging.is_alive()):
+            self._merging = threading.Thread(target=self._merge, name="telemetry-merge", daemon=True)
+            self._merging.start()
 
     def close(self) -> None:
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            self._finish_merging()
 
     def unwritten(self) -> int:
         return sum(len(values) for values in self._waiting)
+
+    def _merge(self) -> None:
+        try:
+            self._writer.compact()
+        except Exception as error:  # noqa: BLE001 - the files that should have been merged are all there
+            self._merges = False
+            logger.warning(
+                "The files of the telemetry store are no longer merged: %s: %s. Nothing is lost; reading a "
+                "long run takes longer.",
+                type(error).__name__,
+                error,
+            )
+
+    def _finish_merging(self) -> None:
+        if self._merging is not None:
+            self._merging.join()
+            self._merging = None

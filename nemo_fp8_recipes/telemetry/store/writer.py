@@ -1,31 +1,38 @@
-"""Writing the store: new parts, compaction, truncation. One process writes a store at a time."""
+"""Writing the store: new parts, merging, truncation. One process writes a store at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nemo_fp8_recipes.telemetry.series import StepValues
 from nemo_fp8_recipes.telemetry.store.files import DIRECTORY, Part, all_parts, part_name, parts
-from nemo_fp8_recipes.telemetry.store.table import SORT_KEYS, schema_with, to_table
+from nemo_fp8_recipes.telemetry.store.merge import merged
+from nemo_fp8_recipes.telemetry.store.table import NAMES, SeriesIndex, schema_with, to_table
 
 __all__ = ["StoreWriter"]
 
 _MERGE = 16
-"""Parts of about the same size that are merged into one."""
-_MERGED_BYTES = 128 << 20
+"""Neighbouring parts of about the same size that are merged into one."""
+_SIMILAR = 4
+"""The largest of them may be this many times the smallest; merging makes them `_MERGE` times as large."""
+_MERGED_BYTES = 256 << 20
 """Parts are not merged beyond this size on disk."""
-_ROW_GROUP = 1 << 16
+_ROW_GROUP = 1 << 17
+_SMALL_ROW_GROUP = 1 << 14
+"""A reader of one series reads one or two row groups of every part: in small parts they are small."""
 
 
 class StoreWriter:
     """Appends parts to the store of a run.
+
+    `write` and `merge_once` may run in two threads: merging touches parts that are there already. Nothing
+    else may run beside `truncate_after`.
 
     Args:
         run_dir: the run directory; `telemetry/` in it is created with the first part.
@@ -35,28 +42,34 @@ class StoreWriter:
     def __init__(self, run_dir: Path, metadata: Mapping[str, Any]) -> None:
         self._run_dir = run_dir
         self._schema = schema_with(metadata)
+        self._index = SeriesIndex()
 
     def write(self, steps: Sequence[StepValues]) -> None:
         """Write `steps`, ascending and later than everything in the store, as one part. Atomic."""
         steps = [values for values in steps if len(values)]
         if steps:
-            self._put(to_table(steps, self._schema), steps[0].step, steps[-1].step)
+            table = to_table(steps, self._schema, self._index)
+            self._put([table], steps[0].step, steps[-1].step, self._schema, large=len(table) > 1 << 20)
 
     def compact(self) -> None:
-        """Merge the newest parts where many of about the same size have gathered, so that a long run has few
-        files. A reader sees the old parts or the new one.
+        """Merge where many neighbouring parts of about the same size have gathered, so that a long run has
+        few files. A reader sees the old parts or the new one.
         """
-        while True:
-            newest = parts(self._run_dir)[-_MERGE:]
-            if len(newest) < _MERGE:
-                return
-            sizes = [part.path.stat().st_size for part in newest]
-            if max(sizes) > _MERGE * min(sizes) or sum(sizes) > _MERGED_BYTES:
-                return
-            table = pa.concat_tables([pq.read_table(part.path) for part in newest]).unify_dictionaries()
-            self._put(_sorted(table), newest[0].first, newest[-1].last)
-            for part in newest:
-                part.path.unlink()
+        while self.merge_once():
+            pass
+
+    def merge_once(self) -> bool:
+        """Merge one such group; False where there is none."""
+        group = _mergeable(parts(self._run_dir))
+        if not group:
+            return False
+        # The metadata of the newest of them holds for the range, as `info` reads it.
+        schema = pq.read_schema(group[-1].path)
+        pieces = merged([part.path for part in group])
+        self._put(pieces, group[0].first, group[-1].last, schema, large=True)
+        for part in group:
+            part.path.unlink()
+        return True
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows of steps after `step`, and what an earlier crash left. A crash here leaves a store
@@ -71,42 +84,63 @@ class StoreWriter:
             if part.last <= step:
                 continue
             if part.first <= step:
-                table = pq.read_table(part.path, filters=[("step", "<=", step)])
-                kept = table.column("step")
-                if len(kept):
-                    self._put(table, part.first, max(kept.to_pylist()))
+                schema = pq.read_schema(part.path)
+                # The name must not say more than there is: another part may begin after the last row kept.
+                last = _last_step(part.path, step)
+                self._put(merged([part.path], last_step=step), part.first, last, schema, large=True)
             part.path.unlink()
         for leftover in directory.glob(".steps-*"):
             leftover.unlink()
 
-    def _put(self, table: pa.Table, first: int, last: int) -> Part:
+    def _put(
+        self, pieces: Iterable[pa.Table], first: int, last: int, schema: pa.Schema, *, large: bool
+    ) -> Part:
         """Write a part: under a hidden name, to the disk, then under its own name."""
         directory = self._run_dir / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / part_name(first, last)
         temporary = directory / f".{path.name}.{os.getpid()}"
         try:
-            pq.write_table(
-                table,
+            with pq.ParquetWriter(
                 temporary,
-                row_group_size=_ROW_GROUP,
+                schema,
                 compression="zstd",
-                use_dictionary=list(SORT_KEYS[:-1]),
+                use_dictionary=list(NAMES),
+                write_statistics=["module", "step"],
                 column_encoding={"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
-                store_schema=True,
-            )
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            ) as writer:
+                for piece in pieces:
+                    table = piece.replace_schema_metadata(schema.metadata)
+                    writer.write_table(table, row_group_size=_ROW_GROUP if large else _SMALL_ROW_GROUP)
+            _to_disk(temporary)
             temporary.replace(path)
+            _to_disk(directory)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         return Part(first, last, path)
 
 
-def _sorted(table: pa.Table) -> pa.Table:
-    """Rows by series and step. Name columns are compared as text, whatever dictionary each part had."""
-    keys = table.select(["step"])
-    for name in SORT_KEYS[:-1]:
-        keys = keys.append_column(name, table.column(name).cast(pa.string()))
-    return table.take(pc.sort_indices(keys, [(name, "ascending") for name in SORT_KEYS]))
+def _mergeable(found: Sequence[Part]) -> Sequence[Part]:
+    """The newest `_MERGE` neighbours of about the same size, or none."""
+    sizes = [part.path.stat().st_size for part in found]
+    for end in range(len(found), _MERGE - 1, -1):
+        group = sizes[end - _MERGE : end]
+        if max(group) <= _SIMILAR * min(group) and sum(group) <= _MERGED_BYTES:
+            return found[end - _MERGE : end]
+    return ()
+
+
+def _last_step(path: Path, limit: int) -> int:
+    """The last step up to `limit` in a part."""
+    steps = pq.read_table(path, columns=["step"], filters=[("step", "<=", limit)]).column("step")
+    return int(pa.compute.max(steps).as_py()) if len(steps) else limit
+
+
+def _to_disk(path: Path) -> None:
+    """Force a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

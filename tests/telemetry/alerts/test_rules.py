@@ -33,6 +33,13 @@ def test_an_amax_jump_under_the_old_scale_saturates() -> None:
     assert "fp8_recipe.margin" in found[0].message
 
 
+def test_the_micro_batch_with_the_least_headroom_counts() -> None:
+    # The second micro-batch had a scale that followed already; the first one saturated.
+    given = steps(delayed([8.0], [56.0], headroom=[0.25]))
+    assert alerts(given, only("saturation"))[0].value == pytest.approx(4.0)
+    assert alerts(steps(delayed([8.0], [56.0], headroom=[1.0])), only("saturation")) == []
+
+
 @pytest.mark.parametrize(
     ("amax", "scale", "fmt"),
     [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_fp8_recipes.errors import ConfigError
@@ -12,7 +14,8 @@ from nemo_fp8_recipes.recipes import load
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.alerts.schema import default_alerts
 from nemo_fp8_recipes.telemetry.alerts.watch import Watch, reduces_amax
-from tests.telemetry.alerts.series import alerts, config, only, steps
+from nemo_fp8_recipes.telemetry.series import Series
+from tests.telemetry.alerts.series import MODULE, alerts, config, only, steps
 
 
 def test_many_tensors_make_one_alert_with_the_worst_first() -> None:
@@ -43,6 +46,15 @@ def test_a_tensor_seen_later_has_its_own_beginning() -> None:
     rules = only("", custom={"loud": {"stat": "amax", "above": 5.0, "message": "-"}})
     given = [*steps({"amax": [9.0]}, modules=("a",)), *steps({"amax": [0, 9.0]}, modules=("b", "a"))[1:]]
     assert [alert.tensors for alert in alerts(given, rules)] == [(("a", "input"),), (("b", "input"),)]
+
+
+def test_what_another_recipe_would_do_is_not_what_this_one_does() -> None:
+    (given,) = steps({"amax": [8.0], "scale": [224.0], "scale_next": [224.0]})
+    asked = Series(MODULE, "input", "whatif/mxfp8/amax_bound", "mxfp8", "e4m3")
+    given = dataclasses.replace(
+        given, series=(*given.series, asked), values=np.append(given.values, np.float32(8))
+    )
+    assert [alert.rule for alert in alerts([given], only("saturation"))] == ["saturation"]
 
 
 def test_switched_off_nothing_is_evaluated() -> None:

@@ -44,6 +44,7 @@ COMMANDS = (
     Command("data", "make the token files of data=megatron_indexed from text"),
     Command("launch", "start a job with torchrun or SLURM, the same command line on every node"),
     Command("runs", "list run directories: running, finished, failed and why, resumable"),
+    Command("manifest", "show what each module of a run really did, and how two runs differ"),
     Command("report", "show what a finished or running run logged"),
 )
 

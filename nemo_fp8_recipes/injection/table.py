@@ -10,7 +10,7 @@ from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["render"]
+__all__ = ["layer_ranges", "render", "split_layer"]
 
 
 def render(manifest: Manifest) -> RenderableType:
@@ -49,14 +49,14 @@ def _groups(manifest: Manifest) -> list[tuple[str, str, ManifestRow]]:
     """(layers, module within its layer, row) of each line, in the order of the model."""
     lines: dict[tuple[str, ManifestRow], list[int]] = {}
     for row in manifest.rows:
-        prefix, layer, name = _split(row.module)
+        prefix, layer, name = split_layer(row.module)
         # Two rows share a line when all that differs is the number of the layer.
         key = (name if layer is not None else row.module, dataclasses.replace(row, module=prefix))
         lines.setdefault(key, []).extend([] if layer is None else [layer])
-    return [(_ranges(layers), name, row) for (name, row), layers in lines.items()]
+    return [(layer_ranges(layers), name, row) for (name, row), layers in lines.items()]
 
 
-def _split(path: str) -> tuple[str, int | None, str]:
+def split_layer(path: str) -> tuple[str, int | None, str]:
     """("decoder.layers", 3, "mlp.linear_fc1") of "decoder.layers.3.mlp.linear_fc1"."""
     parts = path.split(".")
     for index, part in enumerate(parts):
@@ -65,7 +65,7 @@ def _split(path: str) -> tuple[str, int | None, str]:
     return "", None, path
 
 
-def _ranges(numbers: list[int]) -> str:
+def layer_ranges(numbers: list[int]) -> str:
     """ "0-3,5" of [0, 1, 2, 3, 5]."""
     pieces: list[list[int]] = []
     for number in sorted(set(numbers)):

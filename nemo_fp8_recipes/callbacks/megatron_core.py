@@ -147,12 +147,19 @@ class Fp8Run:
                 allowed=[fp8_param],
             )
 
-    def model_built(self, model: Model, *, steps_done: int = 0) -> None:
+    def model_built(
+        self,
+        model: Model,
+        *,
+        steps_done: int = 0,
+        telemetry: Callable[[Model], StepRecorder] | None = None,
+    ) -> None:
         """Check the model, before its first step, and attach telemetry to it.
 
         Args:
             model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
             steps_done: the optimizer steps behind the checkpoint that the model was loaded from.
+            telemetry: as in the constructor, where it is only known now.
 
         Raises:
             InjectionError: a recipe of the run cannot run in this model.
@@ -166,8 +173,9 @@ class Fp8Run:
             set_fields(model, saved_with)
             self._require_injection().use(saved_with)
             self.recipe = self._scheduled = saved_with
-        if self._telemetry is not None:
-            self.recorder = self._telemetry(model)
+        attach = telemetry or self._telemetry
+        if attach is not None:
+            self.recorder = attach(model)
             self._exit.callback(self.recorder.close)
 
     def begin_step(self, step: int) -> None:

@@ -9,21 +9,16 @@ Where they are missing, placeholders stand in during the import and are gone aft
 later whether triton is installed is told that it is.
 """
 
-# ruff: noqa: ARG002 -- the signatures are importlib's
-
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from nemo_fp8_recipes.emulation import binding
@@ -31,6 +26,7 @@ from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.import_hook import after_import
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
+from nemo_fp8_recipes.emulation.placeholders import placeholders
 from nemo_fp8_recipes.errors import EmulationError
 
 __all__ = ["import_transformer_engine", "transformer_engine_version"]
@@ -91,7 +87,7 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
     before = set(sys.modules)
     _settle_triton()
     try:
-        with _environment(), _placeholders(), warnings.catch_warnings():
+        with _environment(), placeholders(_OPTIONAL), warnings.catch_warnings():
             # TE's docstrings of optional parts warn about what is not installed.
             warnings.filterwarnings("ignore", module=r"transformer_engine(\.|$)")
             importlib.import_module("transformer_engine.pytorch")
@@ -176,74 +172,3 @@ def _environment() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _placeholders() -> Iterator[None]:
-    missing = frozenset(name for name in _OPTIONAL if importlib.util.find_spec(name) is None)
-    finder = _PlaceholderFinder(missing)
-    sys.meta_path.append(finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".", 1)[0] in missing]:
-            del sys.modules[name]
-
-
-class _PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the missing optional packages, and every submodule asked for, as placeholders."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: types.ModuleType | None = None,
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.split(".", 1)[0] not in self._names:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _PlaceholderModule(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        return None
-
-
-class _PlaceholderModule(types.ModuleType):
-    __version__ = "0"  # TE asks triton for it at import; of its two branches the older one is the plainer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Placeholder(f"{self.__name__}.{name}")
-
-
-class _Placeholder:
-    """A name of a package that is not installed: enough for decorators, annotations and class bodies at
-    import.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
-        """As a decorator returns the function; anything else makes another placeholder."""
-        if len(args) == 1 and isinstance(args[0], types.FunctionType):
-            return args[0]
-        return _Placeholder(f"{self._path}(…)")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Placeholder(f"{self._path}.{name}")
-
-    def __getitem__(self, _item: Any) -> Any:
-        raise NotImplementedError(f"{self._path.split('.', 1)[0]} is not installed ({self._path} was used).")
-
-    def __repr__(self) -> str:
-        return f"<{self._path}, not installed>"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.telemetry.alerts.alert import Alert
     from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
     from nemo_fp8_recipes.telemetry.recorder import Recorder
+    from nemo_fp8_recipes.telemetry.sinks.base import Sink
 
 __all__ = ["attach"]
 
@@ -29,6 +30,7 @@ def attach(
     directory: str | Path,
     log_every: int = 10,
     sinks: Iterable[Any] = ("parquet", "tensorboard"),
+    more_sinks: Iterable[Sink] = (),
     is_writer: bool | None = None,
     history: bool = True,
     flush_every: int = 10,
@@ -48,6 +50,7 @@ def attach(
         log_every: optimizer steps between two logging steps; step 1 is always one.
         sinks: any of "parquet", "tensorboard", "jsonl", "wandb", "megatron", and objects: a
             `sinks.base.Sink`, a Lightning logger, a SummaryWriter, a W&B run; see docs/telemetry.md.
+        more_sinks: sinks of the caller's own, such as a trainer's loggers, on whichever ranks have them.
         is_writer: whether this rank writes; None: rank 0 of `group` does.
         history: store delayed scaling's amax history windows.
         flush_every: logging steps between two flushes.
@@ -98,10 +101,11 @@ def attach(
         "rank": dist.get_rank(group) if distributed else 0,
         "version": __version__,
     }
+    all_sinks = [*(build(given, Path(directory), metadata) if is_writer else ()), *more_sinks]
     return Recorder(
         model if recipe.precision != "bf16" else None,
-        Exchange(group, writer=is_writer),
-        build(given, Path(directory), metadata) if is_writer else [],
+        Exchange(group, writer=is_writer or bool(all_sinks)),
+        all_sinks,
         log_every=config.log_every,
         flush_every=config.flush_every,
         history=config.history,

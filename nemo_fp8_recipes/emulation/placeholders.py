@@ -1,0 +1,113 @@
+"""Placeholders for packages that are imported at module level and never used on the emulated device.
+
+They are there while one module is being executed and gone after it, so that nobody who asks later whether
+triton is installed is told that it is. A package that is installed always wins.
+"""
+
+# ruff: noqa: ARG002 -- the signatures are importlib's
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["placeholders"]
+
+
+@contextmanager
+def placeholders(packages: Iterable[str]) -> Iterator[None]:
+    """In the block, those of `packages` that are not installed import as modules of placeholders.
+
+    Args:
+        packages: dotted names; a submodule of an installed package may be one.
+    """
+    missing = tuple(name for name in packages if name not in sys.modules and not _installed(name))
+    finder = _Finder(missing)
+    before = set(sys.modules)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if isinstance(sys.modules[name], _PlaceholderModule):
+                del sys.modules[name]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the missing packages, their parents, and every submodule asked for, as placeholders."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not any(f"{fullname}.".startswith(f"{name}.") or name.startswith(f"{fullname}.") for name in self._names):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _PlaceholderModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        return None
+
+
+class _PlaceholderModule(types.ModuleType):
+    __version__ = "0"  # TE asks triton for it at import; of its two branches the older one is the plainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder(f"{self.__name__}.{name}")
+
+
+class _Placeholder:
+    """A name of a package that is not installed: enough for decorators, annotations and class bodies at
+    import.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self, *args: Any, **_kwargs: Any) -> Any:
+        """As a decorator returns the function; anything else makes another placeholder."""
+        if len(args) == 1 and isinstance(args[0], types.FunctionType):
+            return args[0]
+        return _Placeholder(f"{self._path}(…)")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder(f"{self._path}.{name}")
+
+    def __getitem__(self, _item: Any) -> Any:
+        raise NotImplementedError(f"{self._path.split('.', 1)[0]} is not installed ({self._path} was used).")
+
+    def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return ()  # as a base class
+
+    def __or__(self, other: Any) -> Any:
+        return other  # in an annotation that is evaluated: `Missing | None`
+
+    __ror__ = __or__
+
+    def __repr__(self) -> str:
+        return f"<{self._path}, not installed>"

@@ -4,11 +4,13 @@
 #   make test                                    the test suite
 #   make test-browser                            the HTML report in Chromium
 #   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
+#   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NEMO ?= .venv-nemo
+VENV_BRIDGE ?= .venv-bridge
 ARGS ?=
 PYTEST_WORKERS ?= 2
 # More options for pip, such as where your mirror of PyTorch's CPU wheels is.
@@ -17,10 +19,11 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/cpu.txt
 PIP_INSTALL_NEMO := $(VENV_NEMO)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/nemo.txt
+PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-browser train-nemo test-nemo lint clean
+.PHONY: train test test-browser train-nemo test-nemo train-bridge test-bridge lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -43,6 +46,12 @@ train-nemo: $(VENV_NEMO)/.installed
 test-nemo: $(VENV_NEMO)/.installed
 	OMP_NUM_THREADS=1 $(VENV_NEMO)/bin/python -m pytest tests/frameworks/nemo $(ARGS)
 
+train-bridge: $(VENV_BRIDGE)/.installed
+	$(VENV_BRIDGE)/bin/nemo-fp8 train framework=bridge $(strip $(RECIPE) $(ARGS))
+
+test-bridge: $(VENV_BRIDGE)/.installed
+	OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge $(ARGS)
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,7 +59,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf $(VENV) $(VENV_NEMO) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_NEMO) $(VENV_BRIDGE) build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -78,4 +87,15 @@ $(VENV_NEMO)/.installed: pyproject.toml requirements/nemo.txt
 	test -x $(VENV_NEMO)/bin/python || $(PYTHON) -m venv $(VENV_NEMO)
 	$(PIP_INSTALL_NEMO) torch
 	$(PIP_INSTALL_NEMO) -e '.[nemo]' pytest
+	@touch $@
+
+# Without resolving: Megatron-Bridge declares Python 3.12 and packages that only GPU jobs use, and runs without.
+$(VENV_BRIDGE)/.installed: pyproject.toml requirements/bridge.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing the Megatron-Bridge stack into $(VENV_BRIDGE) (once, about 1.3 GB) ..."
+	test -x $(VENV_BRIDGE)/bin/python || $(PYTHON) -m venv $(VENV_BRIDGE)
+	$(PIP_INSTALL_BRIDGE) $$(grep '^torch==' requirements/bridge.txt)
+	$(PIP_INSTALL_BRIDGE) --no-deps --ignore-requires-python -r requirements/bridge.txt
+	$(PIP_INSTALL_BRIDGE) --no-deps -e .
 	@touch $@

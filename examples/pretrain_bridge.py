@@ -45,7 +45,12 @@ def main(overrides: list[str], bridge_overrides: list[str]) -> None:
     from nemo_fp8_recipes.callbacks.bridge import Fp8Callback, mixed_precision
 
     on_gpu = not job.device.emulated
-    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    for name, value in {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
         os.environ.setdefault(name, value)
     steps = 20
     config = ConfigContainer(

@@ -1,11 +1,10 @@
 """What Megatron-Bridge, and the newer Megatron-Core that it needs, want at import and on a CPU.
 
 They import packages at module level that a job on the emulated device never uses: kernels (triton), model
-optimisation (modelopt), restarts inside a process (nvidia-resiliency-ext), data loaders (datasets, energon). Where these are installed nothing
-is changed. Written against megatron-bridge 0.3.1 and 0.6.2, megatron-core 0.16.1 and 0.19.2.
+optimisation (modelopt), restarts inside a process (nvidia-resiliency-ext), data loaders (datasets, energon).
+Where these are installed nothing is changed. Written against megatron-bridge 0.3.1 and 0.6.2, megatron-core
+0.16.1 and 0.19.2.
 """
-
-# ruff: noqa: ARG001 -- the signatures are modelopt's
 
 from __future__ import annotations
 
@@ -81,7 +80,9 @@ def apply(ledger: PatchLedger) -> None:
 
         ledger.set(typing, "override", override, "Megatron-Bridge is written for Python 3.12")
     for module, packages in _UNUSED_IMPORTS.items():
-        around_import(ledger, module, _with_placeholders(packages), f"imports {packages[0]} and does not use it")
+        around_import(
+            ledger, module, _with_placeholders(packages), f"imports {packages[0]} and does not use it"
+        )
     after_import(
         ledger,
         "megatron.core.datasets.utils",

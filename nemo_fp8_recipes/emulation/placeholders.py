@@ -59,7 +59,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if not any(f"{fullname}.".startswith(f"{name}.") or name.startswith(f"{fullname}.") for name in self._names):
+        if not any(
+            f"{fullname}.".startswith(f"{name}.") or name.startswith(f"{fullname}.") for name in self._names
+        ):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

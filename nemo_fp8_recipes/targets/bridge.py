@@ -22,7 +22,9 @@ PREFIX = "nemo_fp8_"
 TARGET = "nemo_fp8_recipes.callbacks.bridge.Fp8MixedPrecision"
 """The class that the YAML for Bridge names as `_target_`."""
 
-VERSIONS = "megatron-bridge 0.6.2 with megatron-core 0.19.2, or megatron-bridge 0.3.1 with megatron-core 0.16.1"
+VERSIONS = (
+    "megatron-bridge 0.6.2 with megatron-core 0.19.2, or megatron-bridge 0.3.1 with megatron-core 0.16.1"
+)
 """The sets of releases that were tested together."""
 
 

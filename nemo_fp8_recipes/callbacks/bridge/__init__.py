@@ -1,4 +1,4 @@
-"""A recipe in Megatron-Bridge: importing this package makes `mixed_precision=nemo_fp8_<recipe>` a name of Bridge's.
+"""A recipe in Megatron-Bridge: importing this package registers `mixed_precision=nemo_fp8_<recipe>`.
 
     import nemo_fp8_recipes.callbacks.bridge as fp8_bridge
 

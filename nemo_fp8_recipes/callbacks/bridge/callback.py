@@ -25,7 +25,7 @@ __all__ = ["Fp8Callback"]
 _USER_STATE = "nemo_fp8_recipes"
 
 
-class Fp8Callback(Callback):  # type: ignore[misc]  # Bridge ships no types
+class Fp8Callback(Callback):
     """Proves after the first step that the recipe arrived, writes the manifest, and logs telemetry.
 
     The recipe itself comes with `cfg.mixed_precision`; give it here only to have the two compared.
@@ -148,7 +148,8 @@ class Fp8Callback(Callback):  # type: ignore[misc]  # Bridge ships no types
             )
         if self.recipe is not None and self.recipe != run.recipe:
             raise InjectionError(
-                f"The recipe is given twice: mixed_precision brings {run.recipe}, the callback {self.recipe}.",
+                f"The recipe is given twice: mixed_precision brings {run.recipe}, "
+                f"the callback {self.recipe}.",
                 key="mixed_precision",
                 value=run.recipe.name,
                 allowed=[self.recipe.name],
@@ -203,7 +204,9 @@ def train_metrics(context: CallbackContext) -> dict[str, float]:
     for name, value in (context.loss_dict or {}).items():
         numbers = value.detach().float().flatten().tolist()
         # [sum, count] where the loss is averaged over tokens later, else the mean.
-        metrics["loss" if name == "lm loss" else name] = numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
+        metrics["loss" if name == "lm loss" else name] = (
+            numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
+        )
     if context.grad_norm is not None:
         metrics["grad_norm"] = float(context.grad_norm)
     rates = [group["lr"] for group in getattr(context.optimizer, "param_groups", []) if group]

@@ -63,8 +63,8 @@ class Fp8MixedPrecision(MixedPrecisionConfig):
                     key=f"mixed_precision.{name}",
                     value=found,
                     allowed=[wanted],
-                    hint="Change the recipe's option instead (nemo-fp8 show --bridge-yaml writes it), or take "
-                    "the field out.",
+                    hint="Change the recipe's option instead (`nemo-fp8 show --bridge-yaml` writes it), or "
+                    "take the field out.",
                 )
         return recipe
 

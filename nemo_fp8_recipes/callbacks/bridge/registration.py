@@ -1,4 +1,4 @@
-"""Our names in Bridge's registry of mixed-precision recipes, and our classes among those its YAML may name."""
+"""Our names in Bridge's registry of mixed-precision recipes, our classes among those its YAML may name."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 For each recipe the way that changes least is taken. Bridge copies the recipe's fields to Megatron's config.
 Where Megatron makes of them the very object that we would inject, nothing is replaced ("config"); where an
-option would be lost, its `get_fp8_recipe` is answered by our object ("get_fp8_recipe"). Which one it was is in
-the manifest.
+option would be lost, its `get_fp8_recipe` is answered by our object ("get_fp8_recipe"). Which one it was is
+in the manifest.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ FRAMEWORKS: dict[str, Framework] = {
             session="nemo_fp8_recipes.training.frameworks.bridge",
             package="megatron.bridge",
             distribution="megatron-bridge",
-            install="Install megatron-bridge 0.6.2 with megatron-core 0.19.2, or 0.3.1 with 0.16.1.",
+            install="Install megatron-bridge 0.6.2 with megatron-core 0.19.2, or 0.3.1 with 0.16.1; "
+            "without a GPU: make bridge.",
         ),
     )
 }

@@ -18,6 +18,7 @@ from nemo_fp8_recipes.training.layout import ParallelSizes
 __all__ = [
     "agree",
     "process_group",
+    "rendezvous",
     "same_everywhere",
     "seed_everything",
     "together",
@@ -28,12 +29,27 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_group(sizes: ParallelSizes, *, on_gpu: bool, timeout_minutes: int) -> Iterator[torch.device]:
-    """torch.distributed and Megatron's groups for the duration of the block; yields this rank's device.
+    """torch.distributed and Megatron's groups for the duration of the block; yields this rank's device."""
+    from megatron.core import parallel_state
+
+    with rendezvous(on_gpu=on_gpu, timeout_minutes=timeout_minutes) as device:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tp,
+            pipeline_model_parallel_size=sizes.pp,
+            context_parallel_size=sizes.cp,
+        )
+        try:
+            yield device
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def rendezvous(*, on_gpu: bool, timeout_minutes: int) -> Iterator[torch.device]:
+    """torch.distributed alone for the duration of the block; yields this rank's device.
 
     Under torchrun (RANK and WORLD_SIZE set) the rendezvous comes from the environment. Without it the job is
     one process, whose store lives in its own memory: no port is opened that another run could want."""
-    from megatron.core import parallel_state
-
     backend = "nccl" if on_gpu else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     device = torch.device("cpu")
@@ -45,17 +61,10 @@ def process_group(sizes: ParallelSizes, *, on_gpu: bool, timeout_minutes: int) -
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes.tp,
-            pipeline_model_parallel_size=sizes.pp,
-            context_parallel_size=sizes.cp,
-        )
-        try:
-            yield device
-        finally:
-            parallel_state.destroy_model_parallel()
+        yield device
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a framework that failed may have taken it down
+            dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

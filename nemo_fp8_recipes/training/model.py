@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["build_gpt", "count_parameters", "transformer_config", "wrap"]
+__all__ = ["build_gpt", "count_parameters", "gpt_fields", "transformer_config", "transformer_fields", "wrap"]
 
 
 def transformer_config(
@@ -30,13 +30,27 @@ def transformer_config(
     emulated: bool,
     deterministic: bool,
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig for this model, recipe and parallelism.
+    """Megatron's TransformerConfig for this model, recipe and parallelism."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = transformer_fields(model, sizes, megatron, emulated=emulated, deterministic=deterministic)
+    return TransformerConfig(**fields, **recipe.megatron())
+
+
+def transformer_fields(
+    model: ModelConfig,
+    sizes: ParallelSizes,
+    megatron: MegatronSettings,
+    *,
+    emulated: bool,
+    deterministic: bool,
+) -> dict[str, Any]:
+    """Fields of TransformerConfig, and of what others derive from it, without the recipe's.
 
     Emulated, the fusions are off that run as CUDA kernels, and attention is Transformer Engine's unfused one.
     """
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.enums import AttnBackend
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     activation: dict[str, Any] = {
         "squared_relu": {"activation_func": squared_relu},
@@ -44,7 +58,7 @@ def transformer_config(
         "swiglu": {"activation_func": torch.nn.functional.silu, "gated_linear_unit": True},
     }[model.activation]
     native = not emulated
-    return TransformerConfig(
+    return dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -74,8 +88,19 @@ def transformer_config(
         bias_dropout_fusion=native,
         masked_softmax_fusion=native,
         apply_rope_fusion=native,
-        **recipe.megatron(),
         **megatron.transformer_fields(),
+    )
+
+
+def gpt_fields(model: ModelConfig) -> dict[str, Any]:
+    """What GPTModel is told beside its TransformerConfig, by the names that Megatron uses everywhere."""
+    return dict(
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
     )
 
 
@@ -96,12 +121,7 @@ def build_gpt(model: ModelConfig, config: TransformerConfig) -> GPTModel:
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        rope_scaling=model.rope_scaling_factor is not None,
-        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+        **gpt_fields(model),
     )
 
 

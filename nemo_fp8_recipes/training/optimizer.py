@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-__all__ = ["build_optimizer", "build_scheduler"]
+__all__ = ["build_optimizer", "build_scheduler", "schedule_steps"]
 
 DEFAULT_WARMUP = 10  # steps, where the configuration leaves it open and the job is long enough
 
@@ -50,18 +50,7 @@ def build_scheduler(
     warm-up has learning rate zero."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    decay_steps = settings.lr_decay_steps if settings.lr_decay_steps is not None else total_steps
-    warmup_steps = settings.lr_warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(DEFAULT_WARMUP, decay_steps // 10)
-    if warmup_steps >= decay_steps:
-        raise ConfigError(
-            f"optimizer.lr_warmup_steps={warmup_steps} leaves nothing of {decay_steps} steps to decay.",
-            key="optimizer.lr_warmup_steps",
-            value=warmup_steps,
-            allowed=[f"< {decay_steps}"],
-            hint="Set fewer warm-up steps or more training.steps.",
-        )
+    decay_steps, warmup_steps = schedule_steps(settings, total_steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -78,3 +67,20 @@ def build_scheduler(
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def schedule_steps(settings: OptimizerConfig, total_steps: int) -> tuple[int, int]:
+    """Steps of decay and of warm-up. Raises `ConfigError` where the warm-up leaves nothing to decay."""
+    decay_steps = settings.lr_decay_steps if settings.lr_decay_steps is not None else total_steps
+    warmup_steps = settings.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(DEFAULT_WARMUP, decay_steps // 10)
+    if warmup_steps >= decay_steps:
+        raise ConfigError(
+            f"optimizer.lr_warmup_steps={warmup_steps} leaves nothing of {decay_steps} steps to decay.",
+            key="optimizer.lr_warmup_steps",
+            value=warmup_steps,
+            allowed=[f"< {decay_steps}"],
+            hint="Set fewer warm-up steps or more training.steps.",
+        )
+    return decay_steps, warmup_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,12 @@ class Opening:
     goes_on: bool = False
 
 
-def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
+def open_run(
+    run_dir: str | None,
+    resume: str | None,
+    recipe: str,
+    newest: Callable[[Path], Path | None] = newest_checkpoint,
+) -> Opening:
     """Open the run directory that the configuration asks for.
 
     - `resume` null: a new run in `run_dir` (or a fresh directory below `runs/`).
@@ -34,6 +40,10 @@ def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
       auto. A run that finished is not started again. Without `run_dir`, the newest run of this recipe below
       `runs/`, which must have a checkpoint: nobody named it.
     - `resume=PATH`: go on in that run directory.
+
+    Args:
+        run_dir, resume, recipe: what the configuration says.
+        newest: finds the newest complete checkpoint below a run's checkpoints.
 
     Raises:
         RunDirectoryError: it cannot be created, written or locked, or holds another run.
@@ -63,7 +73,7 @@ def open_run(run_dir: str | None, resume: str | None, recipe: str) -> Opening:
                 hint="A resumed run goes on in its own directory: leave run_dir out.",
             )
     run = RunDirectory.reopen(path)
-    checkpoint = newest_checkpoint(run.checkpoints)
+    checkpoint = newest(run.checkpoints)
     starts_again = resume == "auto" and run_dir is not None and run.record["status"] != "finished"
     if checkpoint is None and not starts_again:
         run.close()

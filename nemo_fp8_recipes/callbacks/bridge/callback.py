@@ -196,7 +196,7 @@ class Fp8Callback(Callback):
 
 
 def train_metrics(context: CallbackContext) -> dict[str, float]:
-    """Loss, gradient norm and learning rate of the step that has just ended, as host numbers.
+    """Loss and gradient norm of the step that has just ended, as host numbers.
 
     Only the last pipeline stage has a loss. Waits for the device.
     """
@@ -209,9 +209,6 @@ def train_metrics(context: CallbackContext) -> dict[str, float]:
         )
     if context.grad_norm is not None:
         metrics["grad_norm"] = float(context.grad_norm)
-    rates = [group["lr"] for group in getattr(context.optimizer, "param_groups", []) if group]
-    if rates:
-        metrics["learning_rate"] = float(rates[0])
     return metrics
 
 

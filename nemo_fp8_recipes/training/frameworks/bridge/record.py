@@ -1,0 +1,110 @@
+"""What the run's own record needs of each step: metrics, progress, and the wish to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+
+from nemo_fp8_recipes.callbacks.bridge.callback import train_metrics
+from nemo_fp8_recipes.training.display import ProgressLine
+from nemo_fp8_recipes.training.errors import DivergedError
+from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
+from nemo_fp8_recipes.training.settings import Settings
+from nemo_fp8_recipes.training.trainer import Step
+
+__all__ = ["RunRecord"]
+
+
+@dataclass
+class RunRecord(Callback):
+    """Writes metrics, moves the progress bar, ends the job where it should stop or has diverged.
+
+    Attributes:
+        step: completed optimizer steps.
+        signal: the signal that stopped the job, 0 for none.
+        held_out_loss: of the evaluation after the last step; on the last pipeline stage.
+    """
+
+    settings: Settings
+    interruption: Interruption
+    line: ProgressLine
+    log: Callable[[Step], None]
+    device: torch.device
+    step: int = 0
+    signal: int = 0
+    held_out_loss: float | None = None
+    _started: float = field(default=0.0, repr=False)
+    _learning_rate: float = field(default=0.0, repr=False)
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self.step = int(context.state.train_state.step)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self._started = time.perf_counter()
+        # The schedule moves on before the step's end is told.
+        self._learning_rate = float(context.optimizer.param_groups[0]["lr"])
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Raises `DivergedError`, on every rank, for a loss or gradient that is NaN or infinite."""
+        training = self.settings.training
+        here = train_metrics(context)
+        loss, norm = self._everywhere(here.get("loss"), here.get("grad_norm", 0.0))
+        self.step = int(context.state.train_state.step) + 1
+        step = Step(
+            step=self.step,
+            loss=loss,
+            learning_rate=self._learning_rate,
+            grad_norm=norm,
+            step_time_ms=(time.perf_counter() - self._started) * 1e3,
+            tokens=self.step * training.global_batch_size * self.settings.model.seq_length,
+        )
+        self.line.update(step.step, step.loss, step.step_time_ms)
+        diverged = context.skipped_iter or not (math.isfinite(loss) and math.isfinite(norm))
+        if diverged or self.step % training.log_every == 0 or self.step in (1, training.steps):
+            self.log(step)
+        if diverged:
+            raise DivergedError(
+                f"Step {self.step} diverged: loss {loss}, gradient norm {norm}.",
+                key="fp8_recipe",
+                value=self.settings.recipe.name,
+                hint="The telemetry up to here shows where; try another recipe or a lower optimizer.lr.",
+            )
+        if self.signal or self.step == training.stop_at_step:
+            _end_after_this_step(context)
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        for name, value in (context.total_loss_dict or {}).items():
+            if name == "lm loss":
+                numbers = torch.as_tensor(value).double().flatten().tolist()
+                self.held_out_loss = numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
+
+    def _everywhere(self, loss: float | None, norm: float) -> tuple[float, float]:
+        """Loss and gradient norm on every rank, and a signal that any rank has received: one collective.
+
+        Only the last pipeline stage has a loss, and all of its ranks have the same.
+        """
+        signals = [float(self.interruption.signal == watched) for watched in WATCHED]
+        row = torch.tensor(
+            [loss or 0.0, float(loss is not None), norm, 1.0, *signals],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        if dist.get_world_size() > 1:
+            dist.all_reduce(row)
+        total, having, norms, ranks, *received = row.tolist()
+        self.signal = next(
+            (int(watched) for watched, count in zip(WATCHED, received, strict=True) if count), 0
+        )
+        return (total / having if having else float("nan")), norms / ranks
+
+
+def _end_after_this_step(context: CallbackContext) -> None:
+    """Bridge trains while its step is below `train_iters`; then it saves, if it saves at all."""
+    context.state.cfg.train.train_iters = int(context.state.train_state.step) + 1
+    context.state.train_state.do_valid = False

@@ -20,8 +20,12 @@ _RECIPES = "transformer_engine.common.recipe"
 _ALLOWED = {
     "collections": {"OrderedDict"},
     "torch._utils": {"_rebuild_tensor_v2"},
-    _RECIPES: {"DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams", "_FormatHelperFP8"},
+    _RECIPES: {"DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+}
+_STORAGES = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # in its place since Megatron-Core 0.17
 }
 
 
@@ -29,7 +33,7 @@ class _OnlyState(pickle.Unpickler):
     """Knows tensors and recipe objects."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGES:
             return _load_storage
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)

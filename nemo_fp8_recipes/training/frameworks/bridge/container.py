@@ -85,6 +85,7 @@ def container(
         ),
         dataset=RunData(
             data=dataclasses.asdict(settings.data),
+            run_dir=str(checkpoints.parent),
             seq_length=model.seq_length,
             vocab_size=model.vocab_size,
             dataloader_type="single",

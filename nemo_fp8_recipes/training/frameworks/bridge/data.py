@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from nemo_fp8_recipes import typed
 from nemo_fp8_recipes.errors import ConfigError
-from nemo_fp8_recipes.training.data import build_dataset
+from nemo_fp8_recipes.training.data import Wanted, build_dataset
 from nemo_fp8_recipes.training.schema import GROUPS
 
 try:
@@ -50,11 +51,13 @@ class RunData(DatasetProvider):
 
     Attributes:
         data: the group as a mapping.
+        run_dir: where a dataset keeps what it makes on disk.
         seq_length: tokens in a sequence.
         vocab_size: tokens of the model.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
+    run_dir: str = "."
     seq_length: int = 0
     vocab_size: int = 0
     skip_getting_attention_mask_from_dataset: bool = True
@@ -63,6 +66,12 @@ class RunData(DatasetProvider):
         """Training and held-out sequences, as many as Bridge asks for."""
         schemas: Any = GROUPS["data"]
         config = typed.read(schemas[self.data["name"]], self.data, key="data", error=ConfigError)
-        dataset = build_dataset(config, seq_length=self.seq_length, vocab_size=self.vocab_size)
+        dataset = build_dataset(
+            config,
+            seq_length=self.seq_length,
+            vocab_size=self.vocab_size,
+            wanted=Wanted(train=context.train_samples, held_out=context.valid_samples),
+        )
+        dataset.prepare(Path(self.run_dir))
         held_out = Sequences(dataset.held_out, context.valid_samples) if context.valid_samples else None
         return Sequences(dataset.train, context.train_samples), held_out, None

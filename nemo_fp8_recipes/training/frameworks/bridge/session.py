@@ -20,11 +20,11 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
 from nemo_fp8_recipes.callbacks.bridge import Fp8Callback, active
-from nemo_fp8_recipes.errors import CheckpointError, Fp8Error
+from nemo_fp8_recipes.errors import CheckpointError, ConfigError, Fp8Error
 from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.checkpoint.directory import require_same_job
-from nemo_fp8_recipes.training.data import Dataset, build_dataset
+from nemo_fp8_recipes.training.data import Dataset, Wanted, build_dataset
 from nemo_fp8_recipes.training.distributed import agree, rendezvous, same_everywhere, together
 from nemo_fp8_recipes.training.files import atomic_write_json
 from nemo_fp8_recipes.training.frameworks.bridge.container import container
@@ -32,7 +32,6 @@ from nemo_fp8_recipes.training.frameworks.bridge.record import RunRecord
 from nemo_fp8_recipes.training.interruption import watch_signals
 from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
-from nemo_fp8_recipes.training.peer_warnings import ignore_known_warnings
 from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, METRICS_FILE, RunDirectory
 from nemo_fp8_recipes.training.settings import Settings
@@ -50,7 +49,14 @@ LOG_FILE = "bridge.log"
 
 def run_session(settings: Settings, invocation: Invocation) -> int:
     """Train; returns the exit status: 0, or 128 + the signal that stopped the job."""
-    ignore_known_warnings(emulated=invocation.emulated)
+    if settings.schedule.spans:
+        raise ConfigError(
+            f"framework=bridge trains with one recipe, and the configuration says {settings.schedule}.",
+            key="framework",
+            value="bridge",
+            allowed=["megatron_core"],
+            hint="Take the schedule out, or train with framework=megatron_core.",
+        )
     timeout = settings.training.distributed_timeout_minutes
     with rendezvous(on_gpu=not invocation.emulated, timeout_minutes=timeout) as device, ExitStack() as stack:
         return _Session(settings, invocation, device).run(stack)
@@ -77,10 +83,14 @@ class _Session:
         self.run_dir: RunDirectory | None = None  # on rank 0
 
     def run(self, stack: ExitStack) -> int:
-        model = self.settings.model
+        model, training = self.settings.model, self.settings.training
+        wanted = Wanted(
+            train=training.steps * training.global_batch_size,
+            held_out=training.eval_batches * training.global_batch_size,
+        )
         dataset = together(
             lambda: build_dataset(
-                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size
+                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size, wanted=wanted
             )
         )
         same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})

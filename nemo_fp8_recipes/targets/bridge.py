@@ -65,6 +65,6 @@ def missing() -> InjectionError:
         problem,
         key="framework",
         value="bridge",
-        hint=f"Install {VERSIONS}; `make bridge` does so for a machine with no GPU. The rest of this package "
-        "works without it: framework=megatron_core.",
+        hint=f"Install {VERSIONS}; `make train-bridge` does so for a machine with no GPU. The rest of this "
+        "package works without it: framework=megatron_core.",
     )

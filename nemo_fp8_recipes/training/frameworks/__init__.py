@@ -119,7 +119,7 @@ FRAMEWORKS: dict[str, Framework] = {
             package="megatron.bridge",
             distribution="megatron-bridge",
             install="Install megatron-bridge 0.6.2 with megatron-core 0.19.2, or 0.3.1 with 0.16.1; "
-            "without a GPU: make bridge.",
+            "without a GPU: make train-bridge.",
         ),
     )
 }

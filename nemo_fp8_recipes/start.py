@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from nemo_fp8_recipes import config as configuration
 from nemo_fp8_recipes import emulation, preflight, recipes
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe, module_recipes_of, recipes_of
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class Start:
         device: what it runs on; `device.label` belongs into every record.
         findings: what preflight found that does not stop the job.
         schedule: which recipe each optimizer step trains with.
+        modules: single modules with a recipe of their own.
     """
 
     recipe: Recipe
     device: EmulatedDevice | NativeDevice
     findings: tuple[Finding, ...]
     schedule: Schedule
+    modules: tuple[ModuleRecipe, ...]
 
 
 def start(
@@ -77,13 +80,16 @@ def start(
     """
     config, knows_model = _configuration(job, device, hardware)
     schedule = schedule_of(config)
+    modules = module_recipes_of(config, schedule)
     recipe = schedule.main
     emulated = emulation.should_start(str(config.device), environ)
     findings = preflight.check_job(config, environ, emulated=emulated, knows_model=knows_model)
     preflight.require(findings)
     node: dict[str, Any] = OmegaConf.to_container(config.hardware, resolve=True)  # type: ignore[assignment]  # a group is a mapping
     if emulated:
-        node["name"] = preflight.posing_device(recipe, node["name"], *schedule.recipes()[1:])
+        node["name"] = preflight.posing_device(
+            recipe, node["name"], *schedule.recipes()[1:], *recipes_of(modules)
+        )
     in_place = emulation.switch(str(config.device), node, environ)
     if not emulated:
         # Only now is it known which GPU `hardware=auto` is.
@@ -92,7 +98,7 @@ def start(
         )
         findings = preflight.check_job(config, environ, emulated=False, found=found, knows_model=knows_model)
         preflight.require(findings)
-    return Start(recipe, in_place, tuple(findings), schedule)
+    return Start(recipe, in_place, tuple(findings), schedule, modules)
 
 
 def _configuration(

@@ -22,6 +22,7 @@ from nemo_fp8_recipes.errors import Fp8Error, InjectionError
 from nemo_fp8_recipes.injection import (
     Injection,
     Manifest,
+    assign_module_recipes,
     check_config,
     check_model,
     check_switchable,
@@ -34,6 +35,7 @@ from nemo_fp8_recipes.injection import (
     switch,
 )
 from nemo_fp8_recipes.injection.module_names import model_chunks
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from nemo_fp8_recipes.recipes.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Fp8Run:
         telemetry: attaches telemetry to the built model and returns its recorder, which is closed when the
             run is left; None for no telemetry.
         schedule: steps in which other recipes take `recipe`'s place, which must be its main one; None: none.
+        modules: single modules that train with another recipe than `recipe`.
         injecting: False where Megatron makes the recipe object itself and the run only proves what it did.
 
     Attributes:
@@ -81,6 +84,7 @@ class Fp8Run:
         telemetry: Callable[[Model], StepRecorder] | None = None,
         *,
         schedule: Schedule | None = None,
+        modules: Sequence[ModuleRecipe] = (),
         injecting: bool = True,
     ) -> None:
         if schedule is not None and schedule.main != recipe:
@@ -92,6 +96,7 @@ class Fp8Run:
             )
         self.recipe = recipe
         self.schedule = schedule if schedule is not None else Schedule(recipe)
+        self.modules = tuple(modules)
         self.proven_at: int | None = None
         self._scheduled = recipe
         self.injection: Injection | None = None
@@ -167,6 +172,7 @@ class Fp8Run:
         self._require_entered()
         for recipe in self.schedule.recipes():
             check_model(model, recipe)
+        assign_module_recipes(model, self.recipe, self.modules)
         self._model = model
         if steps_done and (saved_with := self.schedule.at(steps_done)) != self.recipe:
             # The scaling state that came with the checkpoint is of this recipe: nothing is reset.
@@ -235,7 +241,12 @@ class Fp8Run:
         try:
             merged = gather(found)
             if merged is not None:
-                require_quantized(merged, self.recipe, modules_differ=_has_module_overrides(self._model))
+                require_quantized(
+                    merged,
+                    self.recipe,
+                    modules=self.modules,
+                    modules_differ=_has_module_overrides(self._model),
+                )
         except Fp8Error as error:
             problem = problem or str(error)
         problem = _first_problem(problem)

@@ -12,7 +12,8 @@ from nemo_fp8_recipes import config, recipes
 from nemo_fp8_recipes.commands.arguments import take_flags, take_options
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
-from nemo_fp8_recipes.targets.megatron_lm import ModuleRecipe, Route, Settings, precision_config, settings
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
+from nemo_fp8_recipes.targets.megatron_lm import Route, Settings, precision_config, settings
 from nemo_fp8_recipes.training.files import atomic_write_text
 
 __all__ = ["HELP", "run"]

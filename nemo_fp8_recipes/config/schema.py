@@ -14,6 +14,7 @@ from nemo_fp8_recipes import recipes, typed
 from nemo_fp8_recipes.errors import ConfigError, nearest
 from nemo_fp8_recipes.launch import schema as launch_schema
 from nemo_fp8_recipes.preflight.megatron import MegatronSettings
+from nemo_fp8_recipes.recipes.modules import ModulesConfig, read_module_recipes
 from nemo_fp8_recipes.recipes.schedule import SpanConfig, read_schedule
 from nemo_fp8_recipes.targets import versions
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
@@ -123,6 +124,7 @@ class RootConfig:
 
     device: Literal["auto", "native", "emulated"] = "auto"
     run_dir: str | None = None
+    recipe_modules: list[ModulesConfig] = field(default_factory=list)
     recipe_schedule: list[SpanConfig] = field(default_factory=list)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
@@ -186,4 +188,5 @@ def validate(config: DictConfig) -> None:
         else:
             checked[group] = read(group, node)
     rest = typed.read(RootConfig, root, key="", error=ConfigError)
-    read_schedule(rest.recipe_schedule, recipe, checked["training"].steps)
+    schedule = read_schedule(rest.recipe_schedule, recipe, checked["training"].steps)
+    read_module_recipes(rest.recipe_modules, schedule)

@@ -6,6 +6,7 @@ from nemo_fp8_recipes.injection.across_ranks import gather, merge
 from nemo_fp8_recipes.injection.config_check import check_config, check_kind
 from nemo_fp8_recipes.injection.context import Injection, inject
 from nemo_fp8_recipes.injection.model_check import check_model
+from nemo_fp8_recipes.injection.module_recipes import assign_module_recipes
 from nemo_fp8_recipes.injection.plain_te import autocast
 from nemo_fp8_recipes.injection.read_back import manifest
 from nemo_fp8_recipes.injection.rows import Difference, Manifest, ManifestRow, OperandRow
@@ -20,6 +21,7 @@ __all__ = [
     "Manifest",
     "ManifestRow",
     "OperandRow",
+    "assign_module_recipes",
     "autocast",
     "check_config",
     "check_kind",

@@ -11,6 +11,7 @@ from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow, OperandRow
 from nemo_fp8_recipes.recipes.blockwise import Blockwise
 from nemo_fp8_recipes.recipes.delayed import Delayed
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe, recipe_of_module
 from nemo_fp8_recipes.recipes.nvfp4 import Nvfp4
 from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 
@@ -37,27 +38,54 @@ class Complaint:
         return f"{self.module} {self.text}"
 
 
-def complaints(manifest: Manifest, recipe: Recipe) -> tuple[Complaint, ...]:
-    """Every way in which the model does not do what the recipe says, in the order of the model."""
+def complaints(
+    manifest: Manifest, recipe: Recipe, modules: Sequence[ModuleRecipe] = ()
+) -> tuple[Complaint, ...]:
+    """Every way in which the model does not do what the recipe says, in the order of the model.
+
+    Args:
+        manifest: what was found.
+        recipe: what was asked for.
+        modules: what was asked for of single modules instead.
+    """
     return tuple(
-        Complaint(row.module, text) for row in manifest.rows for text in _row_complaints(row, recipe)
+        Complaint(row.module, text)
+        for row in manifest.rows
+        for text in _row_complaints(row, recipe, recipe_of_module(row.module, recipe, modules))
     )
 
 
-def require_quantized(manifest: Manifest, recipe: Recipe, *, modules_differ: bool = False) -> None:
+def require_quantized(
+    manifest: Manifest,
+    recipe: Recipe,
+    *,
+    modules: Sequence[ModuleRecipe] = (),
+    modules_differ: bool = False,
+) -> None:
     """Refuse a model that does not do what the recipe says.
 
     Args:
         manifest: what was found.
         recipe: what was asked for.
+        modules: what was asked for of single modules instead.
         modules_differ: single modules were asked for another recipe, so one that is quantised otherwise is no
             complaint.
 
     Raises:
         InjectionError: a quantised recipe was asked for and no module is quantised, a row disagrees with the
             recipe, or a module is in high precision for a reason the recipe does not give. For "bf16": a
-            module is quantised.
+            module is quantised. Or an entry of `modules` names no linear layer of Transformer Engine.
     """
+    for entry in modules:
+        if not any(entry.matches(row.module) and _takes_recipes(row) for row in manifest.rows):
+            raise InjectionError(
+                f"{entry.key} {entry} names no linear layer of Transformer Engine in this model.",
+                key=entry.key,
+                value=str(entry),
+                hint="The manifest has the modules' paths, such as "
+                + next((row.module for row in manifest.rows if _takes_recipes(row)), "decoder.layers.0.mlp")
+                + ".",
+            )
     if recipe.precision != "bf16" and not manifest.quantized():
         raise InjectionError(
             f"fp8_recipe={recipe.name} was asked for and no module is quantised: {_census(manifest)}.",
@@ -65,7 +93,7 @@ def require_quantized(manifest: Manifest, recipe: Recipe, *, modules_differ: boo
             value=recipe.name,
             hint=_advice(manifest),
         )
-    found = complaints(manifest, recipe)
+    found = complaints(manifest, recipe, modules)
     if modules_differ:
         others = {row.module for row in manifest.quantized() if row.recipe != recipe.name}
         found = tuple(complaint for complaint in found if complaint.module not in others)
@@ -78,11 +106,17 @@ def require_quantized(manifest: Manifest, recipe: Recipe, *, modules_differ: boo
         )
 
 
-def _row_complaints(row: ManifestRow, recipe: Recipe) -> list[str]:
+def _takes_recipes(row: ManifestRow) -> bool:
+    return row.reason_code not in ("output_layer", "router", "attention", "not_transformer_engine")
+
+
+def _row_complaints(row: ManifestRow, main: Recipe, recipe: Recipe) -> list[str]:
+    """What is wrong with a module that was to train with `recipe`, in a model that trains with `main`."""
     if recipe.precision == "bf16":
         return [f"is quantised by {row.recipe}"] if row.quantized else []
     if not row.quantized:
-        return [] if _may_stay(row, recipe) else [f"is in high precision: {row.reason}"]
+        switched_off = recipe is not main and row.reason_code == "per_module_override"
+        return [] if _may_stay(row, main) and not switched_off else [f"is in high precision: {row.reason}"]
     if row.input is None:
         # Attention: its tensors are not the operands of a linear layer, and fp8_dpa may add a second recipe.
         return []

@@ -49,6 +49,8 @@ class PreflightInput:
     """Megatron's use_distributed_optimizer; None: the job's optimizer is not known."""
     telemetry: bool = False
     """Probes read the quantised tensors of every layer."""
+    elsewhere: frozenset[str] = frozenset()
+    """Kinds of linear layers, such as "mlp.linear_fc2", that train with another recipe in every layer."""
     scheduled: bool = False
     """The recipe changes during the job."""
     attention_dropout: float = 0.0

@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -20,8 +20,10 @@ from nemo_fp8_recipes.preflight.hardware import posing_device
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.preflight.registry import all_rules
-from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel
-from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
+from nemo_fp8_recipes.preflight.shapes import HybridShape, ModelShape, Parallel, linears
+from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe, module_recipes_of, recipes_of
+from nemo_fp8_recipes.recipes.schedule import schedule_of
 from nemo_fp8_recipes.targets import transformer_engine, versions
 
 if TYPE_CHECKING:
@@ -80,13 +82,24 @@ def check_job(
     if found is not None and config.hardware.name == "auto":
         job = dataclasses.replace(job, hardware=found)
     findings = check(job)
-    for other in schedule_of(config).recipes()[1:]:
+    for key, variant in _variants(config, job):
         findings += [
-            dataclasses.replace(finding, message=f"In recipe_schedule, {other.name}: {finding.message}")
-            for finding in check(dataclasses.replace(job, recipe=other))
+            dataclasses.replace(finding, message=f"In {key}, {variant.recipe.name}: {finding.message}")
+            for finding in check(variant)
             if finding not in findings
         ]
     return ignoring(findings, list(config.preflight.ignore))
+
+
+def _variants(config: DictConfig, job: PreflightInput) -> Iterator[tuple[str, PreflightInput]]:
+    """The job with each further recipe that it trains with, and the key that asks for it."""
+    schedule = schedule_of(config)
+    for recipe in schedule.recipes()[1:]:
+        yield "recipe_schedule", dataclasses.replace(job, recipe=recipe)
+    for recipe in recipes_of(module_recipes_of(config, schedule)):
+        if recipe not in schedule.recipes():
+            # Which of the model's shapes it meets depends on the modules: device and versions do not.
+            yield "recipe_modules", dataclasses.replace(job, recipe=recipe, model=None)
 
 
 def ignoring(findings: Iterable[Finding], codes: Iterable[str]) -> list[Finding]:
@@ -128,23 +141,27 @@ def job_input(
     """The configuration, the installed versions and the environment as the rules read them."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     schedule = schedule_of(config)
+    modules = module_recipes_of(config, schedule)
     recipe = schedule.main
     if emulated is None:
         emulated = _emulated(values["device"], environment)
     model = values["model"]
     parallel = values["parallel"]
+    shape = ModelShape(
+        **{key: model[key] for key in _SHAPE_KEYS},
+        micro_batch_size=values["training"]["micro_batch_size"],
+        gated=model["activation"] == "swiglu",
+        make_vocab_size_divisible_by=model["make_vocab_size_divisible_by"],
+        packing_multiple=values["training"]["packing_multiple"],
+        hybrid=HybridShape(**model["hybrid"]) if model["hybrid"] is not None else None,
+    )
+    cut = Parallel(**{key: parallel[key] for key in ("tp", "pp", "cp", "ep", "sequence")})
     return PreflightInput(
         recipe=recipe,
-        hardware=_hardware(values["hardware"], schedule, emulated),
-        model=ModelShape(
-            **{key: model[key] for key in _SHAPE_KEYS},
-            micro_batch_size=values["training"]["micro_batch_size"],
-            gated=model["activation"] == "swiglu",
-            make_vocab_size_divisible_by=model["make_vocab_size_divisible_by"],
-            packing_multiple=values["training"]["packing_multiple"],
-            hybrid=HybridShape(**model["hybrid"]) if model["hybrid"] is not None else None,
-        ),
-        parallel=Parallel(**{key: parallel[key] for key in ("tp", "pp", "cp", "ep", "sequence")}),
+        hardware=_hardware(values["hardware"], (*schedule.recipes(), *recipes_of(modules)), emulated),
+        model=shape,
+        parallel=cut,
+        elsewhere=_elsewhere(modules, shape, cut),
         emulated=emulated,
         environment=environment,
         scheduled=len(schedule.recipes()) > 1,
@@ -191,12 +208,24 @@ def named_hardware(name: str) -> Hardware:
     return _as_hardware(dataclasses.asdict(config.load_hardware(name)))
 
 
-def _hardware(node: Mapping[str, Any], schedule: Schedule, emulated: bool) -> Hardware:
+def _elsewhere(modules: Sequence[ModuleRecipe], model: ModelShape, parallel: Parallel) -> frozenset[str]:
+    """The kinds of linear layers that `modules` take out of the job's recipe in every layer."""
+    return frozenset(
+        linear.name
+        for linear in linears(model, parallel)
+        if all(
+            any(entry.matches(f"decoder.layers.{layer}.{linear.name}") for entry in modules)
+            for layer in range(model.num_layers)
+        )
+    )
+
+
+def _hardware(node: Mapping[str, Any], recipes: Sequence[Recipe], emulated: bool) -> Hardware:
     """The device named; for auto the one that emulation poses as, or what the driver here says."""
     if node["name"] != "auto":
         return _as_hardware(node)
     if emulated:
-        main, *others = schedule.recipes()
+        main, *others = recipes
         return named_hardware(posing_device(main, "auto", *others))
     return hardware_here() or _as_hardware(node)
 

@@ -102,7 +102,12 @@ class _Session:
         settings = self.settings
         with (
             watch_signals() as interruption,
-            Fp8Run(settings.recipe, telemetry=self._telemetry(path), schedule=settings.schedule) as fp8_run,
+            Fp8Run(
+                settings.recipe,
+                telemetry=self._telemetry(path),
+                schedule=settings.schedule,
+                modules=settings.modules,
+            ) as fp8_run,
         ):
             trainer = self._build(dataset, path, job, fp8_run)
             start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
@@ -246,6 +251,11 @@ class _Session:
         model, plan = settings.model, trainer.forward.plan
         rows = {
             "recipe": str(settings.schedule),
+            **(
+                {"modules": ", ".join(f"{entry.pattern} in {entry.recipe}" for entry in settings.modules)}
+                if settings.modules
+                else {}
+            ),
             "device": self.invocation.device_label,
             "model": f"{model.display_name}: {model.num_layers} layers, hidden {model.hidden_size}, "
             f"{model.num_attention_heads} heads, {parameters / 1e6:,.1f} M parameters",

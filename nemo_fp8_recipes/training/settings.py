@@ -11,6 +11,7 @@ from nemo_fp8_recipes import typed
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.preflight import MegatronSettings
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe, module_recipes_of
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
 from nemo_fp8_recipes.telemetry import schema as telemetry_schema
 from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
@@ -38,6 +39,7 @@ class Settings:
     framework: str
     recipe: Recipe
     schedule: Schedule
+    modules: tuple[ModuleRecipe, ...]
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -55,6 +57,7 @@ class Settings:
         groups: dict[str, dict[str, Any]] = {
             "model": asdict(self.model),
             "fp8_recipe": self.recipe.to_dict(),
+            "recipe_modules": {str(index): str(entry) for index, entry in enumerate(self.modules)},
             "optimizer": asdict(self.optimizer),
             "parallel": asdict(self.parallel),
             "training": {
@@ -86,6 +89,7 @@ def read_settings(config: DictConfig) -> Settings:
         framework=_typed("framework", config.framework).name,
         recipe=schedule.main,
         schedule=schedule,
+        modules=module_recipes_of(config, schedule),
         model=_typed("model", config.model),
         data=data,
         optimizer=_typed("optimizer", config.optimizer),

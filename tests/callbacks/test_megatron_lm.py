@@ -13,6 +13,7 @@ import pytest
 from nemo_fp8_recipes import recipes
 from nemo_fp8_recipes.callbacks import megatron_lm
 from nemo_fp8_recipes.errors import Fp8Error, InjectionError, RecipeError
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from nemo_fp8_recipes.targets import megatron_lm as target
 from tests.injection import gpt
 
@@ -234,7 +235,7 @@ def test_single_modules_may_have_a_recipe_of_their_own(tmp_path, hooked) -> None
     from megatron.core.quantization.quant_config import RecipeConfig
 
     recipe = recipes.load("tensorwise")
-    modules = [target.ModuleRecipe("*linear_fc2", "mxfp8"), target.ModuleRecipe("*layers.0.*", "bf16")]
+    modules = [ModuleRecipe("*linear_fc2", "mxfp8"), ModuleRecipe("*layers.0.*", "bf16")]
     overrides = RecipeConfig.from_config_dict(target.precision_config(recipe, modules))
     args, environ = started(recipe, tmp_path, quant_recipe=overrides)
     training = MegatronLm(args)

@@ -16,6 +16,7 @@ import pytest
 from nemo_fp8_recipes import recipes
 from nemo_fp8_recipes.errors import ConfigError, Fp8Error, RecipeError
 from nemo_fp8_recipes.recipes import MMParams, QParams
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from nemo_fp8_recipes.targets import megatron_lm, transformer_engine
 from nemo_fp8_recipes.targets.megatron_lm.options import carrier
 from tests.injection import gpt
@@ -328,11 +329,11 @@ class TestPrecisionConfig:
             ("*fc1*=nemotron_h", "num_layers_at_start_in_bf16"),
         ):
             with pytest.raises(ConfigError, match=words):
-                megatron_lm.precision_config(tensorwise, [megatron_lm.ModuleRecipe.parse(text)])
+                megatron_lm.precision_config(tensorwise, [ModuleRecipe.parse(text)])
         with pytest.raises(RecipeError, match="mxfp9"):
-            megatron_lm.ModuleRecipe.parse("*fc1*=mxfp9")
+            ModuleRecipe.parse("*fc1*=mxfp9")
         with pytest.raises(ConfigError, match="bf16 only"):
-            megatron_lm.precision_config(recipes.load("delayed"), [megatron_lm.ModuleRecipe("*", "mxfp8")])
+            megatron_lm.precision_config(recipes.load("delayed"), [ModuleRecipe("*", "mxfp8")])
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None:
         return
     told: set[str] = set()
-    found = list(unmet(job.recipe, job.hardware.capability, job.model, job.parallel))
+    found = list(_unmet(job, job.model))
     for linear, demand in sorted(found, key=lambda pair: -pair[1].multiple):
         keys = _keys(job.model, linear, demand)
         if keys[0] in told:
@@ -124,8 +124,14 @@ def _right(job: PreflightInput, subject: str, model: ModelShape) -> bool:
         return False
     if model.num_attention_heads % model.num_query_groups or not _divides(model, job):
         return False
-    left = unmet(job.recipe, job.hardware.capability, model, job.parallel)
-    return all(_keys(model, linear, demand)[0] != subject for linear, demand in left)
+    return all(_keys(model, linear, demand)[0] != subject for linear, demand in _unmet(job, model))
+
+
+def _unmet(job: PreflightInput, model: ModelShape) -> Iterator[tuple[Linear, Demand]]:
+    """What the job's recipe cannot take, of the linear layers that train with it."""
+    for linear, demand in unmet(job.recipe, job.hardware.capability, model, job.parallel):
+        if linear.name not in job.elsewhere:
+            yield linear, demand
 
 
 def _divides(model: ModelShape, job: PreflightInput) -> bool:

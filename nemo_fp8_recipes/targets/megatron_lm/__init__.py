@@ -7,14 +7,13 @@ options.
 """
 
 from nemo_fp8_recipes.targets.megatron_lm.factories import blockwise, delayed, mxfp8, nvfp4, tensorwise
-from nemo_fp8_recipes.targets.megatron_lm.precision_config import ModuleRecipe, precision_config
+from nemo_fp8_recipes.targets.megatron_lm.precision_config import precision_config
 from nemo_fp8_recipes.targets.megatron_lm.settings import FACTORY_MODULE, Route, Settings, settings
 from nemo_fp8_recipes.targets.megatron_lm.variable import RECIPE_VARIABLE, read, write
 
 __all__ = [
     "FACTORY_MODULE",
     "RECIPE_VARIABLE",
-    "ModuleRecipe",
     "Route",
     "Settings",
     "blockwise",

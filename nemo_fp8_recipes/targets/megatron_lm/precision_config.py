@@ -7,51 +7,14 @@ megatron/core/extensions/transformer_engine.py (what a matched module does).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from nemo_fp8_recipes import recipes
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 
-__all__ = ["ModuleRecipe", "precision_config"]
-
-
-@dataclass(frozen=True)
-class ModuleRecipe:
-    """Modules whose path matches `pattern` (a glob such as "*layers.0.*linear_fc2") train with `recipe`.
-
-    Raises:
-        ConfigError: an empty pattern.
-        RecipeError: no such recipe.
-    """
-
-    pattern: str
-    recipe: str
-
-    def __post_init__(self) -> None:
-        if not self.pattern.strip():
-            raise ConfigError(
-                "A module's glob is empty.", key="--module", value=f"{self.pattern}={self.recipe}"
-            )
-        object.__setattr__(self, "recipe", recipes.resolve(self.recipe).choice)
-
-    @classmethod
-    def parse(cls, text: str) -> ModuleRecipe:
-        """From "GLOB=RECIPE".
-
-        Raises:
-            ConfigError: not of that form.
-        """
-        pattern, equals, recipe = text.rpartition("=")
-        if not equals:
-            raise ConfigError(
-                f"--module {text} is not of the form GLOB=RECIPE.",
-                key="--module",
-                value=text,
-                hint="Example: --module '*linear_fc2=bf16'",
-            )
-        return cls(pattern, recipe)
+__all__ = ["precision_config", "training_recipe"]
 
 
 def precision_config(recipe: Recipe, modules: Sequence[ModuleRecipe]) -> dict[str, Any]:
@@ -68,7 +31,10 @@ def precision_config(recipe: Recipe, modules: Sequence[ModuleRecipe]) -> dict[st
     configs: dict[str, Any] = {}
     matchers: dict[str, Any] = {}
     for number, module in enumerate(modules):
-        configs[module.recipe] = _config(recipe, module)
+        configs[module.recipe] = {
+            "transformer_engine_config_type": "TEQuantizationParams",
+            "training_recipe": training_recipe(recipe, module),
+        }
         matchers[f"module_{number}"] = {
             "config": module.recipe,
             "type": "glob",
@@ -78,7 +44,12 @@ def precision_config(recipe: Recipe, modules: Sequence[ModuleRecipe]) -> dict[st
     return {"configs": configs, "matchers": matchers}
 
 
-def _config(recipe: Recipe, module: ModuleRecipe) -> dict[str, Any]:
+def training_recipe(recipe: Recipe, module: ModuleRecipe) -> dict[str, Any]:
+    """The fields of Megatron's TEQuantizationRecipe that give `module` its recipe.
+
+    Raises:
+        ConfigError: see `precision_config`.
+    """
     theirs = recipes.load(module.recipe)
     if theirs.name == "delayed":
         raise _refusal(module, "Megatron cannot use delayed scaling for single modules")
@@ -100,8 +71,8 @@ def _config(recipe: Recipe, module: ModuleRecipe) -> dict[str, Any]:
         if name not in ("fp8_format", "schema_version", "name") and value != _plain(theirs.name)[name]
     ]
     if lost:
-        raise _refusal(module, f"Megatron's file has no field for {', '.join(lost)} of {module.recipe}")
-    return {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": training}
+        raise _refusal(module, f"Megatron has no field for {', '.join(lost)} of {module.recipe}")
+    return training
 
 
 def _plain(name: str) -> dict[str, Any]:
@@ -110,8 +81,8 @@ def _plain(name: str) -> dict[str, Any]:
 
 def _refusal(module: ModuleRecipe, reason: str) -> ConfigError:
     return ConfigError(
-        f"--module {module.pattern}={module.recipe} is not possible: {reason}.",
-        key="--module",
-        value=f"{module.pattern}={module.recipe}",
+        f"{module.key} {module} is not possible: {reason}.",
+        key=module.key,
+        value=str(module),
         allowed=["bf16", "tensorwise", "blockwise", "mxfp8", "nvfp4"],
     )

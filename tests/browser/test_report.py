@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_fp8_recipes import cli
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from tests.report.runs import make
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: make test-browser")
@@ -25,6 +28,17 @@ SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
     "--window-size=1280,1600",
+)
+
+ALERT = Alert(
+    step=10,
+    rule="saturation",
+    action="warn",
+    message="<b>look</b>",
+    module="decoder.layers.0.mlp.linear_fc1",
+    tensor="input",
+    value=math.inf,
+    tensors=(("decoder.layers.0.mlp.linear_fc1", "input"), ("decoder.layers.1.mlp.linear_fc1", "input")),
 )
 
 pytestmark = pytest.mark.skipif(DRIVER is None, reason="there is no chromedriver here: make test-browser")
@@ -71,6 +85,7 @@ def choose(browser: Any, control: str, value: str, event: str = "change") -> Non
 
 def test_it_draws_what_the_store_holds_and_answers_its_controls(browser: Any, tmp_path: Path) -> None:
     run = make(tmp_path / "run", layers=3)
+    (run / "telemetry" / "alerts.jsonl").write_text(json.dumps(ALERT.to_dict()) + "\n")
     assert cli.main(["report", "--html", str(run)]) == 0
     opened(browser, run / "report.html")
 
@@ -78,6 +93,11 @@ def test_it_draws_what_the_store_holds_and_answers_its_controls(browser: Any, tm
     assert "emulated h100" in body
     assert "nothing here says how fast" in body
     assert len(rows(browser)) == 9
+    (cells,) = browser.execute_script(
+        "return [...document.querySelectorAll('table.alerts tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    assert cells == ["10", "saturation", "decoder.layers.0.mlp.linear_fc1 input and 1 more", "<b>look</b>"]
     z = browser.execute_script("return document.getElementById('heatmap').data[0].z[0]")
     assert z == pytest.approx([1.0, 2.0, 4.0])  # amax 2, 4, 16 as powers of two
     assert browser.execute_script("return document.getElementById('loss').data[0].y.length") == 20

@@ -160,6 +160,17 @@ def run_data(run: Run) -> dict[str, Any]:
         "versions": {key: value for key, value in dict(record.get("versions", {})).items() if value},
         "result": {key: _plain(value) for key, value in dict(record.get("result") or {}).items()},
         "loss": {"steps": [step for step, _ in run.losses], "values": [loss for _, loss in run.losses]},
+        "alerts": [
+            {
+                "step": alert.step,
+                "rule": alert.rule,
+                "message": alert.message,
+                "module": alert.module,
+                "tensor": alert.tensor,
+                "tensors": len(alert.tensors),
+            }
+            for alert in run.alerts
+        ],
         "manifest": [] if run.manifest is None else [_manifest_row(row) for row in run.manifest.rows],
         "operands": [{"module": module, "tensor": tensor} for module, tensor in found.operands],
         "formats": list(found.formats),

@@ -92,6 +92,7 @@
       ["held-out loss", number(run.result.held_out_loss)],
       ["modules quantised", run.manifest.length ? `${quantized} of ${run.manifest.length}` : "–"],
       ["tensors watched", run.operands.length],
+      ["alerts", run.alerts.length],
       ["last step", run.loss.steps[run.loss.steps.length - 1] ?? "–"],
     ];
     page.append(el("div", { class: "tiles" },
@@ -102,6 +103,18 @@
       el("dt", {}, "recipe"), el("dd", {}, el("code", {}, options.join("  ") || "no options")),
       el("dt", {}, "versions"), el("dd", {}, Object.entries(run.versions).map(([k, v]) => `${k} ${v}`).join(", ")),
       el("dt", {}, "directory"), el("dd", {}, el("code", {}, run.path))));
+  }
+
+  function alerts(run) {
+    if (!run.alerts.length) return;
+    section(data.runs.length > 1 ? `Alerts of ${run.name}` : "Alerts", "What the alert rules reported, and what to do about it.");
+    const rows = run.alerts.map((alert) => el("tr", {},
+      el("td", {}, alert.step), el("td", {}, alert.rule),
+      el("td", {}, el("code", {}, `${alert.module} ${alert.tensor}`), alert.tensors > 1 ? ` and ${alert.tensors - 1} more` : ""),
+      el("td", { class: "wrap" }, alert.message)));
+    page.append(el("div", { class: "scroll" }, el("table", { class: "alerts" },
+      el("thead", {}, el("tr", {}, ...["step", "rule", "worst tensor", "what was seen"].map((name) => el("th", {}, name)))),
+      el("tbody", {}, ...rows))));
   }
 
   function losses() {
@@ -236,6 +249,7 @@
   }
 
   data.runs.forEach(header);
+  data.runs.forEach(alerts);
   losses();
   tensors();
   data.runs.forEach(manifest);

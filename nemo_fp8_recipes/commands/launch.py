@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from nemo_fp8_recipes.config.overrides import parse as parse_overrides
-from nemo_fp8_recipes.errors import ConfigError
-from nemo_fp8_recipes.launch import local, torchrun
+from nemo_fp8_recipes.launch import local, sweep, torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments, parse
 from nemo_fp8_recipes.launch.node import Processes, settings_for, worker_command
 from nemo_fp8_recipes.launch.plan import Job, make_job
@@ -32,7 +31,8 @@ options:
   --dry-run     print what would be started, and start nothing
   --resume      go on with the run in run_dir from its newest complete checkpoint
   --overwrite   put the run in run_dir aside (run_dir/.launch/replaced) and start a new one
-  -m            a job for each combination of values in key=a,b,c; launcher=slurm
+  -m            a job for each combination of values in key=a,b,c: an array with launcher=slurm, else one
+                after the other
 
 examples:
   nemo-fp8 launch launcher=torchrun hardware=h100 fp8_recipe=blockwise model=nemotron3_8b parallel.tp=2
@@ -52,17 +52,13 @@ def run(words: list[str]) -> int:
     typed = ["nemo-fp8", "launch", *words]
     if arguments.on_node:
         return on_node.run(arguments, typed)
+    if sweep.asked(words) and (_launcher(arguments) != "slurm" or sweep.names_hydra_launcher(words)):
+        return sweep.run(words)
     if _launcher(arguments) == "slurm":
         if arguments.dry_run:
             print(submit.dry_run(arguments), end="")
             return 0
         return submit.submit(arguments, typed)
-    if arguments.multirun:
-        raise ConfigError(
-            "-m submits an array of jobs, which needs a batch system.",
-            key="-m",
-            hint="Add launcher=slurm, or give each key one value.",
-        )
     job = make_job(arguments.overrides, arguments.payload)
     if arguments.dry_run:
         print(describe(job, arguments), end="")

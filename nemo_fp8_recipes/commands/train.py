@@ -14,6 +14,7 @@ from nemo_fp8_recipes.errors import (
     PreflightError,
     RecipeError,
 )
+from nemo_fp8_recipes.launch import sweep
 from nemo_fp8_recipes.training.errors import DivergedError, ReportedElsewhereError
 from nemo_fp8_recipes.training.job import run_job
 
@@ -23,6 +24,7 @@ PATIENCE_SECONDS = 20.0
 
 HELP = """
 usage: nemo-fp8 train [group=choice] [group.key=value] ...
+       nemo-fp8 train -m [group=choice,choice,…] [group.key=value,value,…] … [hydra.<key>=…]
 
 Pre-train a GPT model with Megatron-Core and Transformer Engine, quantised by the recipe. With no GPU and no
 torchrun the device is emulated; anywhere else ask for that with device=emulated.
@@ -45,12 +47,18 @@ examples:
   nemo-fp8 train fp8_recipe=delayed fp8_recipe.amax_history_len=16 model.num_layers=2 training.steps=50
   torchrun --nproc-per-node 8 -m nemo_fp8_recipes train fp8_recipe=blockwise model=nemotron3_8b parallel.tp=2
 
+-m runs a job for each combination of values, as Hydra's multirun: one after the other, or all at once as a
+SLURM job array with hydra/launcher=submitit_slurm, which takes its settings from launcher=slurm:
+  nemo-fp8 train -m fp8_recipe=delayed,tensorwise,blockwise hydra/launcher=submitit_slurm launcher.time=240
+
 Ctrl-C or SIGTERM ends the step, saves a checkpoint when training.save_every is set, and exits 130 or 143.
 """
 
 
 def run(arguments: list[str]) -> int:
     """Compose the configuration from `arguments` and run the job."""
+    if sweep.asked(arguments):
+        return sweep.run(arguments)
     command = ["nemo-fp8", "train", *arguments]
     try:
         return run_job(config.compose(arguments), command=command, overrides=arguments)

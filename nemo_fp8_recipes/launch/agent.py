@@ -63,7 +63,8 @@ class Agent:
     """Whether ranks write to their logs, of which rank 0's is shown; else where this process writes."""
 
     _token: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
-    _asked: signal.Signals | None = field(default=None, init=False)
+    asked: signal.Signals | None = field(default=None, init=False)
+    """The first signal that asked the job to stop, once one has come."""
     _interrupts: int = field(default=0, init=False)
     _hung: bool = field(default=False, init=False)
     _told: set[int] = field(default_factory=set, init=False)
@@ -111,8 +112,8 @@ class Agent:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._interrupts += number == signal.SIGINT
-        if self._asked is None:
-            self._asked = signal.Signals(number)
+        if self.asked is None:
+            self.asked = signal.Signals(number)
 
     def _wait(self, child: subprocess.Popen[bytes]) -> None:
         shown = _Follower(self)
@@ -120,11 +121,11 @@ class Agent:
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
             shown.show()
-            if self._asked is not None:
+            if self.asked is not None:
                 if deadline is None:
                     deadline = time.monotonic() + self.stop_timeout
-                    again = " (Ctrl-C again: at once)" if self._asked == signal.SIGINT else ""
-                    _say(f"{self._asked.name}: the job stops after its current step{again}.")
+                    again = " (Ctrl-C again: at once)" if self.asked == signal.SIGINT else ""
+                    _say(f"{self.asked.name}: the job stops after its current step{again}.")
                 self._tell(worker.STOP)
                 if self._interrupts > 1:
                     break
@@ -189,7 +190,7 @@ class Agent:
                 elsewhere = self.failed_elsewhere()
                 if elsewhere is not None:  # why the scheduler stopped this node
                     return elsewhere
-                return int(record["exit_code"]) if self._asked != signal.SIGINT else 128 + signal.SIGINT
+                return int(record["exit_code"]) if self.asked != signal.SIGINT else 128 + signal.SIGINT
         if self.output is not None:
             _say(f"torchrun failed; all it said is in {self.output}")
             _show_tail(self.output)

@@ -67,7 +67,15 @@ def reserve(
     )
 
 
-def claim(job: Job, command: Sequence[str], *, resume: bool, overwrite: bool, requeued: bool) -> Claim:
+def claim(
+    job: Job,
+    command: Sequence[str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    requeued: bool,
+    extra: dict[str, Any] | None = None,
+) -> Claim:
     """Claim the run directory for the processes that this node starts now; call `release` at their end.
 
     Args:
@@ -77,7 +85,7 @@ def claim(job: Job, command: Sequence[str], *, resume: bool, overwrite: bool, re
         RunDirectoryError: as `reserve`.
     """
     return _prepare(
-        job, command, resume=resume, overwrite=overwrite, requeued=requeued, state="started", extra=None
+        job, command, resume=resume, overwrite=overwrite, requeued=requeued, state="started", extra=extra
     )
 
 

@@ -17,6 +17,6 @@ def run(job: Job, typed: Sequence[str], *, resume: bool, overwrite: bool) -> int
     """Run the job to its end; returns the exit status."""
     claimed = claim(job, typed, resume=resume, overwrite=overwrite, requeued=False)
     try:
-        return run_node(job, claimed, PROCESSES)
+        return run_node(job, claimed, PROCESSES).status
     finally:
         claimed.release()

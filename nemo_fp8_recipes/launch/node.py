@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.progress import HangWatch
 from nemo_fp8_recipes.training.files import atomic_write_json
 
-__all__ = ["Processes", "run_node", "settings_for"]
+__all__ = ["Ended", "Processes", "run_node", "settings_for"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Processes:
     log_to_file: bool = True
     name: str = ""
     """Of the node's record; empty: the node's name."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a node's processes ended: the job's exit status, as seen here, and the signal that asked for it."""
+
+    status: int
+    asked: signal.Signals | None = None
 
 
 def worker_command(job: Job, prefix: Sequence[str], *, resume: bool) -> list[str]:
@@ -62,8 +71,8 @@ def settings_for(
     return environment.resolve(variables, job.launcher.environment, inherited)
 
 
-def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = False) -> int:
-    """Run this node's processes to their end; the exit status is the job's, as seen here.
+def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = False) -> Ended:
+    """Run this node's processes to their end.
 
     Args:
         checked: preflight has passed on every node already.
@@ -117,7 +126,7 @@ def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = 
     )
     status = agent.run()
     atomic_write_json(file, {**record, "ended": _now(), "exit_code": status})
-    return status
+    return Ended(status, agent.asked)
 
 
 def _failed_elsewhere(claimed: Claim, name: str) -> int | None:

@@ -66,6 +66,6 @@ def run(job: Job, typed: Sequence[str], *, resume: bool, overwrite: bool) -> int
     started = processes(job)
     claimed = claim(job, typed, resume=resume, overwrite=overwrite, requeued=False)
     try:
-        return run_node(job, claimed, started)
+        return run_node(job, claimed, started).status
     finally:
         claimed.release()

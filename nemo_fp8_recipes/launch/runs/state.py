@@ -140,11 +140,11 @@ def _state(
     if record is not None:
         reason = record.get("error")
         return "interrupted", reason or "its process is gone without a word: killed, or the machine went down"
-    return _launched_only(job, codes, slurm)
+    return _launched_only(path, job, codes, slurm)
 
 
 def _launched_only(
-    job: dict[str, Any] | None, codes: list[int | None], slurm: JobState | None
+    path: Path, job: dict[str, Any] | None, codes: list[int | None], slurm: JobState | None
 ) -> tuple[State, str | None]:
     """A user's script, which writes no run.json, or a job that ended before its run began."""
     assert job is not None
@@ -153,16 +153,19 @@ def _launched_only(
     failed = [code for code in codes if code]
     if failed:
         stopped = max(failed) in (130, 143)
-        return ("interrupted" if stopped else "failed"), f"exit status {max(failed)}; see {_where(job)}"
+        return ("interrupted" if stopped else "failed"), f"exit status {max(failed)}; see {_where(path, job)}"
     if slurm is not None:
-        return "failed", f"SLURM: {slurm.name.lower()}; see .launch/slurm.out"
+        return "failed", f"SLURM: {slurm.name.lower()}; see {_where(path, job)}"
     if codes or job["host"] == socket.gethostname():
         return "interrupted", "its process is gone without a word: killed, or the machine went down"
     return "interrupted", f"nothing is known of it; it was submitted on {job['host']}"
 
 
-def _where(job: dict[str, Any]) -> str:
-    return ".launch/slurm.out" if job["launcher"] == "slurm" else ".launch/logs"
+def _where(path: Path, job: dict[str, Any]) -> str:
+    """Where the job's own words are. Submitit keeps SLURM's output elsewhere."""
+    if job["launcher"] == "slurm" and LaunchDirectory(path).batch_output.exists():
+        return ".launch/slurm.out"
+    return ".launch/logs"
 
 
 def _slurm(job: dict[str, Any] | None) -> JobState | None:

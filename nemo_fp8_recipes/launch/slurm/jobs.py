@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -13,7 +14,10 @@ from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch.arguments import Arguments
 from nemo_fp8_recipes.launch.plan import Job, make_job
 
-__all__ = ["combinations", "current_job_id", "planned", "this_job"]
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+__all__ = ["combinations", "current_job_id", "parsed", "planned", "this_job"]
 
 _TASK = "SLURM_ARRAY_TASK_ID"
 
@@ -24,14 +28,9 @@ def combinations(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     Raises:
         ConfigError: an override that cannot be read, or that sweeps over the launcher or the run directory.
     """
-    parser = OverridesParser.create()
     choices: list[list[str]] = []
     for word in overrides:
-        try:
-            override = parser.parse_overrides([word])[0]
-        except HydraException as error:
-            detail = str(error).splitlines()[0]
-            raise ConfigError(f"'{word}' cannot be read: {detail}.", value=word) from error
+        override = parsed(word)
         if not override.is_sweep_override():
             choices.append([word])
             continue
@@ -42,6 +41,15 @@ def combinations(overrides: Sequence[str]) -> list[tuple[str, ...]]:
             )
         choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     return list(itertools.product(*choices))
+
+
+def parsed(word: str) -> Override:
+    """Hydra's reading of one override, which may have several values. Raises `ConfigError`."""
+    try:
+        return OverridesParser.create().parse_overrides([word])[0]
+    except HydraException as error:
+        detail = str(error).splitlines()[0]
+        raise ConfigError(f"'{word}' cannot be read: {detail}.", value=word) from error
 
 
 def planned(arguments: Arguments) -> list[Job]:

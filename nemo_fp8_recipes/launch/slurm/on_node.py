@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch import gpus, torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments
 from nemo_fp8_recipes.launch.check import check_node
 from nemo_fp8_recipes.launch.claim import claim, node_name
-from nemo_fp8_recipes.launch.node import Processes, run_node
+from nemo_fp8_recipes.launch.node import Ended, Processes, run_node
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.slurm.jobs import this_job
 from nemo_fp8_recipes.launch.slurm.script import config_of
 
-__all__ = ["run"]
+__all__ = ["run", "run_task"]
 
 
 def run(arguments: Arguments, typed: Sequence[str]) -> int:
@@ -25,11 +26,29 @@ def run(arguments: Arguments, typed: Sequence[str]) -> int:
     if os.environ.get("NEMO_FP8_ONLY_CHECK"):
         check_node(job, gpus.found() if not job.emulated else [])
         return 0
+    return run_task(job, typed, resume=arguments.resume, checked=True).status
+
+
+def run_task(
+    job: Job,
+    typed: Sequence[str],
+    *,
+    resume: bool = False,
+    checked: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> Ended:
+    """Run what this task of a SLURM job step starts: the node's torchrun, or one rank.
+
+    Args:
+        typed: the command line, for the record.
+        checked: preflight has passed on every node already.
+        extra: more for the job's record.
+    """
     processes = _one_process(job) if config_of(job).tasks == "gpu" else _torchrun(job)
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    claimed = claim(job, typed, resume=arguments.resume, overwrite=False, requeued=requeued)
+    claimed = claim(job, typed, resume=resume, overwrite=False, requeued=requeued, extra=extra)
     try:
-        return run_node(job, claimed, processes, checked=True)
+        return run_node(job, claimed, processes, checked=checked)
     finally:
         claimed.release()
 

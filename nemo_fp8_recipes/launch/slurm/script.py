@@ -15,7 +15,7 @@ from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.schema import SlurmConfig
 from nemo_fp8_recipes.launch.slurm.quoting import directive
 
-__all__ = ["batch_script", "config_of"]
+__all__ = ["batch_script", "config_of", "gpus_per_node", "meeting", "surroundings", "tasks_per_node"]
 
 _FIRST_PORT, _PORTS = 20000, 20000
 
@@ -52,8 +52,8 @@ def batch_script(jobs: Sequence[Job], arguments: Arguments) -> str:
         "set -eo pipefail",
         *_NOTICE,
         "",
-        *_surroundings(config_of(job)),
-        *_meeting(config_of(job)),
+        *surroundings(config_of(job)),
+        *meeting(config_of(job)),
         *_commands(job, arguments),
         *_ending(job),
     ]
@@ -74,8 +74,8 @@ def _directives(jobs: Sequence[Job], arguments: Arguments) -> Iterator[str]:
         if value is not None:
             yield directive(option, value, key)
     yield directive("nodes", launcher.nodes, "nodes")
-    yield directive("ntasks-per-node", _tasks_per_node(job), "tasks")
-    gpus = _gpus_per_node(job)
+    yield directive("ntasks-per-node", tasks_per_node(job), "tasks")
+    gpus = gpus_per_node(job)
     if gpus:
         yield directive("gpus-per-node", gpus, "gpus_per_node")
     if launcher.cpus_per_task is not None:
@@ -104,11 +104,12 @@ def _directives(jobs: Sequence[Job], arguments: Arguments) -> Iterator[str]:
             )
 
 
-def _tasks_per_node(job: Job) -> int:
+def tasks_per_node(job: Job) -> int:
+    """Tasks that srun starts on each node."""
     return job.processes_per_node() if config_of(job).tasks == "gpu" else 1
 
 
-def _gpus_per_node(job: Job) -> int:
+def gpus_per_node(job: Job) -> int:
     """GPUs to ask for on each node; none when the device is emulated."""
     asked = config_of(job).gpus_per_node
     if asked is not None:
@@ -127,7 +128,8 @@ def _comments(jobs: Sequence[Job], arguments: Arguments) -> Iterator[str]:
 # -- what surrounds the job ------------------------------------------------------------------------------
 
 
-def _surroundings(launcher: SlurmConfig) -> Iterator[str]:
+def surroundings(launcher: SlurmConfig) -> Iterator[str]:
+    """Lines of bash: modules, environment, commands of the user's."""
     if launcher.modules:
         yield f"module load {shlex.join(launcher.modules)}"
         yield ""
@@ -142,7 +144,8 @@ def _surroundings(launcher: SlurmConfig) -> Iterator[str]:
         yield ""
 
 
-def _meeting(launcher: SlurmConfig) -> Iterator[str]:
+def meeting(launcher: SlurmConfig) -> Iterator[str]:
+    """Lines of bash: where the processes of the nodes meet."""
     yield "# The batch script runs on the first node: there the processes meet."
     host = '"$(hostname)"' if launcher.rendezvous_host is None else shlex.quote(launcher.rendezvous_host)
     port: object = launcher.rendezvous_port
@@ -179,7 +182,7 @@ def _commands(job: Job, arguments: Arguments) -> Iterator[str]:
         '--kill-on-bad-exit=0 "${launch[@]}"'
     )
     yield ""
-    tasks = _tasks_per_node(job)
+    tasks = tasks_per_node(job)
     yield (
         f'"${{srun[@]}}" --ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} '
         '--kill-on-bad-exit=1 "${launch[@]}" &'

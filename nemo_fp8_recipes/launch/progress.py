@@ -7,7 +7,13 @@ import time
 from pathlib import Path
 
 from nemo_fp8_recipes.launch.directory import LaunchDirectory
-from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, MANIFEST_FILE, METRICS_FILE, RUN_FILE
+from nemo_fp8_recipes.training.run_directory import (
+    CHECKPOINTS,
+    DATA_INDEX,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+)
 
 __all__ = ["HangWatch"]
 
@@ -15,8 +21,9 @@ _POLL_SECONDS = 2.0
 
 
 class HangWatch:
-    """Notices that nothing has changed for `seconds`: no logged step and no checkpoint of the training job,
-    no output of a user's script. Every node of a job looks at the same files, so all of them notice.
+    """Notices that nothing has changed for `seconds`: no logged step, checkpoint or index of token files of
+    the training job, no output of a user's script. Every node of a job looks at the same files, so all of them
+    notice.
     """
 
     def __init__(self, directory: LaunchDirectory, seconds: float, *, by_output: bool) -> None:
@@ -44,6 +51,8 @@ class HangWatch:
         checkpoints = sorted(_children(run / CHECKPOINTS))
         if checkpoints:
             paths += [*checkpoints, *_children(checkpoints[-1])]
+        for index in _children(run / DATA_INDEX):
+            paths += _children(index)
         if self._by_output:
             paths += _children(self._directory.path / "logs")
         return [(str(path), *_mark(path)) for path in paths]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from nemo_fp8_recipes.config.overrides import RECIPE_GROUP
 from nemo_fp8_recipes.config.paths import ROOT_CONFIG, conf_dir
@@ -28,6 +29,7 @@ from nemo_fp8_recipes.errors import ConfigError, Fp8Error
 from nemo_fp8_recipes.launch import local, torchrun
 from nemo_fp8_recipes.launch.arguments import Payload
 from nemo_fp8_recipes.launch.check import check_plan
+from nemo_fp8_recipes.launch.hydra_text import override
 from nemo_fp8_recipes.launch.plan import RUNS, Job, make_job
 from nemo_fp8_recipes.launch.slurm import on_node, submitit
 from nemo_fp8_recipes.launch.slurm.jobs import combinations, current_job_id, parsed
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["SweptJobError", "asked", "names_hydra_launcher", "run"]
 
 _FLAGS = ("-m", "--multirun")
+_DRY_RUN = "--dry-run"
 _LAUNCHER = "hydra/launcher="
 _SWEEPER = "hydra/sweeper="
 _REQUEUE_SECONDS = 120.0
@@ -63,9 +66,16 @@ def run(words: Sequence[str]) -> int:
     Raises:
         ConfigError, RecipeError, PreflightError: one of them would fail; nothing was started.
     """
-    kept = [word for word in words if word not in _FLAGS]
-    options = [word for word in kept if word.startswith("-")]
-    overrides = [_canonical(word) for word in kept if not word.startswith("-")]
+    for word in ("--", "--resume", "--overwrite"):
+        if word in words:
+            raise ConfigError(
+                f"-m runs new jobs of nemo-fp8 train: it takes no {word}.",
+                key=word,
+                hint="An array of SLURM jobs takes it: nemo-fp8 launch -m launcher=slurm …",
+            )
+    kept = [word for word in words if word not in (*_FLAGS, _DRY_RUN)]
+    options, words_of_jobs = _hydra_options(kept)
+    overrides = [_canonical(word) for word in words_of_jobs]
     of_hydra = [word for word in overrides if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
     of_jobs = [word for word in overrides if word not in of_hydra]
     by_slurm = f"{_LAUNCHER}submitit_slurm" in of_hydra
@@ -74,6 +84,9 @@ def run(words: Sequence[str]) -> int:
     for job in jobs:
         check_plan(job)
     first = jobs[0] if jobs else make_job([word for word in of_jobs if not _sweeps(word)], Payload("train"))
+    if _DRY_RUN in words:
+        print(_description(jobs, by_slurm=by_slurm), end="")
+        return 0
     if by_slurm:
         submitit.register(first, has_time="hydra.launcher.timeout_min" in "".join(of_hydra))
     name = "${hydra.job.id}" if by_slurm else f"{secrets.token_hex(4)}_${{hydra.job.num}}"
@@ -96,6 +109,16 @@ def run(words: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _hydra_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own options with their values (`--cfg job`, `--package=model`), and the overrides."""
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, word in zip(("", *words), words, strict=False):
+        is_value = before.startswith("-") and "=" not in word and not word.startswith("~")
+        (options if word.startswith("-") or is_value else overrides).append(word)
+    return options, overrides
 
 
 def _canonical(word: str) -> str:
@@ -149,6 +172,18 @@ def _planned(words: Sequence[str]) -> list[Job]:
     return jobs
 
 
+def _description(jobs: Sequence[Job], *, by_slurm: bool) -> str:
+    """What would be started: the overrides of each job, and what submitit is told."""
+    lines = ["# the overrides of each job"]
+    lines += [
+        " ".join(o for o in job.overrides if any(o not in other.overrides for other in jobs)) for job in jobs
+    ]
+    if by_slurm and jobs:
+        lines += ["", "# hydra.launcher, from the keys of launcher=slurm"]
+        lines.append(OmegaConf.to_yaml(OmegaConf.create(submitit.settings(jobs[0]))).rstrip())
+    return "\n".join(lines) + "\n"
+
+
 # -- one of the jobs ---------------------------------------------------------------------------------------
 
 
@@ -160,7 +195,7 @@ def swept_job(config: DictConfig) -> float | None:
     """
     of_hydra = HydraConfig.get()
     run_dir = Path(of_hydra.runtime.output_dir)
-    overrides = [*of_hydra.overrides.task, f"run_dir={run_dir}"]
+    overrides = [*of_hydra.overrides.task, override("run_dir", str(run_dir))]
     name = run_dir.name.removeprefix(f"{config[RECIPE_GROUP].name}-")
     typed = ["nemo-fp8", "train", *of_hydra.overrides.task]
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,13 +16,16 @@ from typing import Any
 
 import pytest
 
+from nemo_fp8_recipes.cli import main
 from nemo_fp8_recipes.launch.hydra_text import override
 from tests.launch.conftest import HOSTILE, clean_environment, nemo_fp8
 from tests.launch.slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-BASE = ("launcher=slurm", "device=emulated", "launcher.nproc_per_node=2")
+BASE = ("launcher=slurm", "device=emulated", "launcher.nproc_per_node=1")
+# A script that needs no torch: one task a process, no torchrun.
+LIGHT = ("launcher.tasks=gpu",)
 # A model that takes a fraction of a second a step.
 SMALL = (
     "model.num_layers=1",
@@ -57,31 +62,27 @@ Submit = Callable[..., Submitted]
 
 
 @pytest.fixture
-def submit(cluster: Cluster, in_tmp: Path) -> Iterator[Submit]:
-    """Run `nemo-fp8 launch launcher=slurm …` in the test's directory; at the end what still runs is ended."""
+def submit(cluster: Cluster, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submit]:
+    """`nemo-fp8 launch launcher=slurm …` in the test's directory; at the end what still runs is ended."""
+    for name in set(os.environ) - set(clean_environment()):
+        monkeypatch.delenv(name)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(*words: str, wait: bool = False) -> Submitted:
         waiting = ("launcher.wait=true",) if wait else ()
-        done = subprocess.run(
-            nemo_fp8("launch", *BASE, *waiting, *words),
-            cwd=in_tmp,
-            env={**clean_environment(), **_slurm_variables(cluster)},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        jobs = dict(re.findall(r"^Submitted job (\S+): (.*)$", done.stdout, re.MULTILINE))
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            status = main(["launch", *BASE, *waiting, *words])
+        jobs = dict(re.findall(r"^Submitted job (\S+): (.*)$", output.getvalue(), re.MULTILINE))
         return Submitted(
-            done.returncode, done.stdout, done.stderr, {key: in_tmp / path for key, path in jobs.items()}
+            status, output.getvalue(), errors.getvalue(), {key: in_tmp / path for key, path in jobs.items()}
         )
 
     yield run
     cluster.run("scancel", "-u", "root")
     until(lambda: not cluster.run("squeue", "-h").stdout.strip(), 60, "jobs that do not end")
-
-
-def _slurm_variables(cluster: Cluster) -> dict[str, str]:
-    return {key: cluster.environment[key] for key in ("SLURM_CONF", "PATH")}
 
 
 def record(run_dir: Path) -> dict[str, Any]:
@@ -98,14 +99,10 @@ def output(run_dir: Path) -> str:
 
 
 def runs(cluster: Cluster, run_dir: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        nemo_fp8("runs", "--json", str(run_dir)),
-        env={**clean_environment(), **_slurm_variables(cluster)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    (row,) = json.loads(done.stdout)["runs"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(["runs", "--json", str(run_dir)]) == 0
+    (row,) = json.loads(output.getvalue())["runs"]
     return row
 
 
@@ -123,13 +120,20 @@ def logged_steps(run_dir: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("tasks", ["node", "gpu"])
-def test_two_nodes_of_two_processes_train_one_model(cluster: Cluster, submit: Submit, tasks: str) -> None:
+def test_two_nodes_of_two_processes_train_one_model(cluster: Cluster, submit: Submit, in_tmp: Path) -> None:
+    """One task a GPU, on token files whose indices rank 0 builds for all."""
+    (in_tmp / "text").mkdir()
+    for number in range(40):
+        (in_tmp / f"text/{number}.txt").write_text(f"document {number} " * 20)
+    assert main(["data", "--output", "corpus", "text"]) == 0
     done = submit(
         "fp8_recipe=tensorwise",
         *SMALL,
+        "data=megatron_indexed",
+        "data.blend=[corpus]",
         "launcher.nodes=2",
-        f"launcher.tasks={tasks}",
+        "launcher.nproc_per_node=2",
+        "launcher.tasks=gpu",
         "training.steps=3",
         wait=True,
     )
@@ -138,63 +142,87 @@ def test_two_nodes_of_two_processes_train_one_model(cluster: Cluster, submit: Su
     assert run_dir.name == f"tensorwise-{job_id}"
     assert record(run_dir)["status"] == "finished"
     assert "4 process(es): data 4" in output(run_dir)
+    assert "megatron_indexed: 1 file(s), 40 documents" in output(run_dir)
     assert len(losses(run_dir)) == 3
-    ranks = [json.loads(path.read_text()) for path in sorted((run_dir / ".launch/ranks").iterdir())]
-    assert [(one["rank"], one["exit_code"]) for one in ranks] == [(0, 0), (1, 0), (2, 0), (3, 0)]
-    nodes = {path.stem.split("-")[0] for path in (run_dir / ".launch/nodes").iterdir()}
-    assert nodes == {"n1", "n2"}
-    assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["runs"]
+    _assert_ranks_and_nodes(run_dir, ranks=4)
     assert os.listdir(run_dir.parent) == [run_dir.name]
     assert runs(cluster, run_dir)["state"] == "finished"
 
 
-def test_an_array_compares_recipes_each_in_its_own_run_directory(cluster: Cluster, submit: Submit) -> None:
+def _assert_ranks_and_nodes(run_dir: Path, ranks: int) -> None:
+    found = [json.loads(path.read_text()) for path in sorted((run_dir / ".launch/ranks").iterdir())]
+    assert [(one["rank"], one["exit_code"]) for one in found] == [(rank, 0) for rank in range(ranks)]
+    nodes = {path.stem.split("-")[0] for path in (run_dir / ".launch/nodes").iterdir()}
+    assert nodes == {"n1", "n2"}
+
+
+def test_a_torchrun_on_each_of_two_nodes(submit: Submit) -> None:
     done = submit(
-        "-m",
-        "fp8_recipe=delayed,tensorwise,blockwise",
+        "fp8_recipe=blockwise",
         *SMALL,
         "model.hidden_size=128",
-        "launcher.nproc_per_node=1",
+        "launcher.nodes=2",
         "training.steps=2",
         wait=True,
     )
+    _, run_dir = done.only
+    assert done.status == 0, done.errors + output(run_dir)
+    assert "2 process(es): data 2" in output(run_dir)
+    _assert_ranks_and_nodes(run_dir, ranks=2)
+    (node, _) = (json.loads(path.read_text()) for path in sorted((run_dir / ".launch/nodes").iterdir()))
+    variables = {row["name"]: row["value"] for row in node["environment"]}
+    assert variables["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == "0"
+
+
+RECIPE = """
+import json, os, pathlib
+run = pathlib.Path(os.environ["NEMO_FP8_RUN_DIR"])
+kept = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
+(run / "seen.json").write_text(json.dumps(kept))
+"""
+
+
+def test_an_array_has_a_run_directory_and_an_environment_for_each_recipe(
+    submit: Submit, in_tmp: Path
+) -> None:
+    (in_tmp / "recipe.py").write_text(RECIPE)
+    done = submit("-m", "fp8_recipe=delayed,tensorwise,blockwise", *LIGHT, "--", "recipe.py", wait=True)
     assert done.status == 0, done.errors
-    assert len(done.jobs) == 3
     number = next(iter(done.jobs)).split("_")[0]
-    expected = {
-        f"{name}-{number}_{index}" for index, name in enumerate(("delayed", "tensorwise", "blockwise"))
-    }
+    names = ("delayed", "tensorwise", "blockwise")
+    expected = {f"{name}-{number}_{index}" for index, name in enumerate(names)}
     assert {path.name for path in done.jobs.values()} == expected
-    for run_dir in done.jobs.values():
-        recipe = record(run_dir)["recipe"]["name"]
-        assert run_dir.name.startswith(recipe)
-        assert record(run_dir)["status"] == "finished"
-        assert f"recipe         {recipe}" in output(run_dir)
-    first = {run_dir.name: losses(run_dir)[2] for run_dir in done.jobs.values()}
-    assert len(set(first.values())) == 3
+    seen = {
+        path.name.split("-")[0]: json.loads((path / "seen.json").read_text()) for path in done.jobs.values()
+    }
+    assert seen == {
+        "delayed": {},
+        "tensorwise": {"NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES": "0"},
+        "blockwise": {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0"},
+    }
+    assert all((path / ".launch/slurm.out").exists() for path in done.jobs.values())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of the job below, run with torchrun from its first step to its last."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    words = ("launcher=torchrun", "launcher.nproc_per_node=2", "device=emulated", "run_dir=run", *LONG)
+    """The losses of the job below, run here from its first step to its last."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = subprocess.run(
-        nemo_fp8("launch", *words),
-        cwd=directory,
+        nemo_fp8("train", "device=emulated", f"run_dir={run_dir}", *LONG),
         env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    return losses(directory / "run")
+    return losses(run_dir)
 
 
+STEPS_OF_LONG = 120
 LONG = (
     "fp8_recipe=delayed",
     *SMALL,
-    "training.steps=200",
+    f"training.steps={STEPS_OF_LONG}",
     "training.save_every=1000",
     "telemetry.enabled=false",
 )
@@ -209,7 +237,7 @@ def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_los
     cluster.run("scancel", "--batch", "--signal=USR1", job_id)
     cluster.wait(job_id, "PENDING", seconds=90)
     saved = max(losses(run_dir))
-    assert 5 <= saved < 200
+    assert 5 <= saved < STEPS_OF_LONG
     state = runs(cluster, run_dir)
     assert (state["state"], state["checkpoint_step"]) == ("queued", saved)
     assert record(run_dir)["status"] == "interrupted"
@@ -240,7 +268,7 @@ def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(
     cluster: Cluster, submit: Submit, in_tmp: Path
 ) -> None:
     (in_tmp / "steps.py").write_text(STEPS)
-    words = ("launcher.nproc_per_node=1", "launcher.time=1", "launcher.signal_seconds=30")
+    words = (*LIGHT, "launcher.time=1", "launcher.signal_seconds=40")
     job_id, run_dir = submit(*words, "--", "steps.py").only
     cluster.wait(job_id, "RUNNING", seconds=60)
     assert runs(cluster, run_dir)["state"] == "running"
@@ -267,7 +295,7 @@ def test_scancel_with_sigterm_saves_and_leaves_a_resumable_run(cluster: Cluster,
     assert "--resume" in again.errors
     resumed = submit(*LONG, "run_dir=run", "--resume", wait=True)
     assert resumed.status == 0, output(run_dir)
-    assert max(losses(run_dir)) == 200
+    assert max(losses(run_dir)) == STEPS_OF_LONG
 
 
 POISON = "import os\nopen(os.environ['TORCH_MARK'], 'a').close()\nraise ImportError('torch was imported')\n"
@@ -341,47 +369,58 @@ time.sleep(600)
 def test_a_killed_rank_ends_the_whole_job_in_bounded_time(submit: Submit, in_tmp: Path, tasks: str) -> None:
     (in_tmp / "killed.py").write_text(KILLED)
     started = time.monotonic()
-    done = submit("launcher.nodes=2", f"launcher.tasks={tasks}", "--", "killed.py", wait=True)
+    words = ("launcher.nodes=2", "launcher.nproc_per_node=2", f"launcher.tasks={tasks}")
+    done = submit(*words, "--", "killed.py", wait=True)
     assert done.status == 137
     assert time.monotonic() - started < 150
 
 
 SHOW = """
 import json, os, sys
-json.dump({"arguments": sys.argv[1:], "probe": os.environ["PROBE"]}, open("seen.json", "w"))
+with open(sys.argv[1], "w") as file:
+    json.dump({"arguments": sys.argv[2:], "probe": os.environ["PROBE"]}, file)
 """
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "newline"])
 def test_hostile_values_in_every_field_reach_slurm_and_the_job_unchanged(
-    cluster: Cluster, submit: Submit, in_tmp: Path, name: str
+    cluster: Cluster, submit: Submit, in_tmp: Path
 ) -> None:
-    text = HOSTILE[name]
-    (in_tmp / "show.py").write_text(SHOW)
-    run_dir = in_tmp / "in" / text.replace("/", "")
-    if "\\" in text:
-        refused = submit(override("run_dir", str(run_dir)), "--", "show.py", text)
-        assert "without backslashes" in refused.errors
-        run_dir = in_tmp / "in" / "plain"
-    done = submit(
-        override("launcher.comment", text),
-        override("launcher.job_name", text),
-        override("run_dir", str(run_dir)),
-        f"+{override('launcher.environment.PROBE', text)}",
-        "launcher.nproc_per_node=1",
-        "launcher.wait=true",
-        "--",
-        "show.py",
-        text,
-    )
-    assert done.status == 0, done.errors + output(run_dir)
-    assert json.loads((in_tmp / "seen.json").read_text()) == {"arguments": [text], "probe": text}
-    (job_id,) = done.jobs
-    shown = cluster.run("scontrol", "show", "job", job_id).stdout
-    assert f"   Comment={text}" in shown.replace(" \n", "\n") + "\n" or f"   Comment={text.rstrip()}" in shown
-    assert f"JobName={text}\n" in shown or f"JobName={text.strip()}\n" in shown
-    assert not (in_tmp / "INJECTED").exists()
-    assert not (run_dir / "INJECTED").exists()
+    submitted: dict[str, tuple[str, Path]] = {}
+    for name, text in HOSTILE.items():
+        if name == "newline":
+            continue  # refused: tests/launch/test_batch_script.py
+        here = in_tmp / name
+        here.mkdir()
+        (here / "show.py").write_text(SHOW)
+        run_dir = here / "in" / text.replace("/", "")
+        if "\\" in text:
+            refused = submit(override("run_dir", str(run_dir)), "--", f"{here}/show.py", text)
+            assert "without backslashes" in refused.errors
+            run_dir = here / "in" / "plain"
+        done = submit(
+            *LIGHT,
+            override("launcher.comment", text),
+            override("launcher.job_name", text),
+            override("run_dir", str(run_dir)),
+            f"+{override('launcher.environment.PROBE', text)}",
+            "--",
+            f"{here}/show.py",
+            f"{here}/seen.json",
+            text,
+        )
+        assert done.status == 0, (name, done.errors)
+        submitted[name] = (next(iter(done.jobs)), run_dir)
+    for name, (job_id, run_dir) in submitted.items():
+        text = HOSTILE[name]
+        job = cluster.wait(job_id, "COMPLETED", "FAILED", seconds=120)
+        assert job["JobState"] == "COMPLETED", (name, output(run_dir))
+        seen = json.loads((in_tmp / name / "seen.json").read_text())
+        assert seen == {"arguments": [text], "probe": text}, name
+        shown = cluster.run("scontrol", "show", "job", job_id).stdout
+        comments = (f"   Comment={text}", f"   Comment={text.rstrip()}")
+        assert any(one in shown.replace(" \n", "\n") + "\n" for one in comments), name
+        assert f"JobName={text}\n" in shown or f"JobName={text.strip()}\n" in shown, name
+    assert not list(in_tmp.rglob("INJECTED"))
 
 
 def test_a_full_disk_ends_the_job_and_leaves_no_run_that_looks_well(

@@ -106,6 +106,19 @@ def test_blends_follow_their_weights_and_splits_keep_documents_apart(corpora: Pa
 
 
 @pytest.mark.usefixtures("one_process")
+def test_a_split_that_the_job_does_not_need_may_be_empty(corpora: Path, tmp_path: Path) -> None:
+    """40 documents give none to the default's test split; Megatron would look for one for ever."""
+    blend = [0.5, str(corpora / "a"), 0.5, str(corpora / "b")]
+    for options in ({"blend": [str(corpora / "a")]}, {"blend": blend}, {"train_blend": blend}):
+        one = dataset(corpora, split=[999.0, 0.5, 0.5], held_out=0, **options)
+        one.prepare(tmp_path / "run")
+        assert len(one.train(29)) == SEQ + 1
+    two = dataset(corpora, blend=blend, split=[969.0, 30.0, 1.0], held_out=2)
+    two.prepare(tmp_path / "run")
+    assert len(two.held_out(1)) == SEQ + 1
+
+
+@pytest.mark.usefixtures("one_process")
 def test_indices_are_built_once_and_not_for_other_content(corpora: Path, tmp_path: Path) -> None:
     options = {"blend": [str(corpora / "a")], "cache": str(tmp_path / "cache")}
     first = dataset(corpora, **options)

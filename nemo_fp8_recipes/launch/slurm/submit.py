@@ -25,7 +25,7 @@ from nemo_fp8_recipes.training.files import atomic_write_text
 
 __all__ = ["SlurmError", "dry_run", "submit"]
 
-_POLL_SECONDS = 5.0
+_FIRST_POLL_SECONDS, _POLL_SECONDS = 0.5, 10.0
 _SECONDS = 120  # a SLURM controller under load takes its time
 
 
@@ -149,7 +149,8 @@ def _slurm(*command: str, stdin: str | None = None, job: Job | None = None) -> s
 
 
 def _wait(job: Job) -> int:
-    """Wait until SLURM says that the job has ended; its exit status."""
+    """Wait until SLURM says that the job has ended; its exit status. It is asked ever less often."""
+    pause = _FIRST_POLL_SECONDS
     while True:
         state = job_state(job.id)
         if state is None:
@@ -159,4 +160,5 @@ def _wait(job: Job) -> int:
         if state.ended:
             print(f"Job {job.id}: {state.name.lower()}, exit status {state.exit_status}", flush=True)
             return state.exit_status if state.exit_status or state.name == "COMPLETED" else 1
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(_POLL_SECONDS, pause * 1.25)

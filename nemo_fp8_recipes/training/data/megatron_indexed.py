@@ -191,8 +191,8 @@ class MegatronIndexedDataset:
             split = ",".join(f"{share:g}" for share in self._config.split)
             blend = {"blend": self._blends["blend"], "split": split}
         else:
-            each = [self._blends["train_blend"], self._blends["valid_blend"], ([], None)]
-            blend = {"blend_per_split": [one if one[0] else None for one in each]}
+            held_out = self._blends["valid_blend"] if self._wanted.held_out else None
+            blend = {"blend_per_split": [self._blends["train_blend"], held_out, None]}
         config = GPTDatasetConfig(
             random_seed=self._config.seed,
             sequence_length=self.seq_length,
@@ -205,6 +205,11 @@ class MegatronIndexedDataset:
             create_attention_mask=False,
             **blend,
         )
+        if config.split_matrix is not None:
+            # What is not needed is not built: in a split without documents Megatron looks for one for ever.
+            config.split_matrix[2] = None
+            if not self._wanted.held_out:
+                config.split_matrix[1] = None
         sizes = [self._wanted.train, self._wanted.held_out, 0]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
         try:

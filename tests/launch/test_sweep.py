@@ -1,0 +1,167 @@
+"""`-m`: several jobs by Hydra's multirun, and what submitit is told of `launcher=slurm`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_fp8_recipes.cli import main
+from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.launch.arguments import Payload
+from nemo_fp8_recipes.launch.hydra_text import override
+from nemo_fp8_recipes.launch.plan import make_job
+from nemo_fp8_recipes.launch.slurm.submitit import minutes, settings
+from tests.launch.conftest import HOSTILE, clean_environment, nemo_fp8
+
+
+def of_submitit(*words: str, hardware: str = "h100") -> dict[str, Any]:
+    overrides = ["launcher=slurm", f"hardware={hardware}", "launcher.time=90", *words]
+    return settings(make_job(overrides, Payload("train")))
+
+
+def test_submitit_is_told_what_the_launcher_group_says() -> None:
+    found = of_submitit(
+        "launcher.account=research",
+        "launcher.partition=big",
+        "launcher.nodes=4",
+        "launcher.cpus_per_task=96",
+        "launcher.memory=900G",
+        "launcher.exclusive=true",
+        "launcher.job_name=compare it",
+        "launcher.array_parallel=2",
+        "launcher.signal_seconds=600",
+        "launcher.sbatch_arguments=['--mail-type=END',--contiguous]",
+        "launcher.modules=[cuda]",
+        "+launcher.environment.PROBE='$(x)'",
+        "training.save_every=10",
+    )
+    expected = {
+        "account": "research",
+        "partition": "big",
+        "name": "compare it",
+        "timeout_min": 90,
+        "nodes": 4,
+        "tasks_per_node": 1,
+        "gpus_per_node": 8,
+        "cpus_per_task": 96,
+        "signal_delay_s": 600,
+        "max_num_timeout": 20,
+        "array_parallelism": 2,
+    }
+    assert {key: found[key] for key in expected} == expected
+    more = {"requeue": True, "mem": "900G", "exclusive": True, "mail-type": "END", "contiguous": True}
+    assert found["additional_parameters"] == more
+    assert "qos" not in found
+    assert "module load cuda" in found["setup"]
+    assert "export PROBE='$(x)'" in found["setup"]
+    assert any(line.startswith("export NEMO_FP8_RENDEZVOUS_PORT=") for line in found["setup"])
+    bare = of_submitit("device=emulated", "launcher.nproc_per_node=2", "launcher.tasks=gpu")
+    assert (bare["gpus_per_node"], bare["tasks_per_node"]) == (None, 2)
+    assert bare["max_num_timeout"] == 0, "a job that saves nothing has nothing to go on from"
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        (30, 30),
+        ("30:01", 31),
+        ("04:00:00", 240),
+        ("1-12", 36 * 60),
+        ("1-12:30", 36 * 60 + 30),
+        ("2-00:00:01", 2881),
+        ("00:00:10", 1),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time: str | int, expected: int) -> None:
+    assert minutes(time) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["launcher.time=null"], "launcher.time"),
+        (["launcher.time=soon"], "launcher.time"),
+        (["launcher.container_image=/images/nemo.sqsh"], "launcher.container_image"),
+        (["launcher.srun_arguments=['--mpi=none']"], "launcher.srun_arguments"),
+        *(
+            ([override("launcher.comment", HOSTILE[name])], "launcher.comment")
+            for name in ("newline", "single quote", "double quote", "backslash", "quotes and backslashes")
+        ),
+    ],
+)
+def test_what_submitit_has_no_place_for_is_refused(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        of_submitit(*words)
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fp8_recipe=delayed,mxfp8", "hardware=h100"], "mxfp8"),
+        (["fp8_recipe=delayed,tensorwise", "training.stepz=1"], "Did you mean 'steps'?"),
+        (["fp8_recipe=delayed,tensorwise", "run_dir=x"], "is one directory, and there are 2 jobs"),
+        (["fp8_recipe=delayed,tensorwise", "launcher=slurm"], "Add hydra/launcher=submitit_slurm"),
+        (["fp8_recipe=delayed", "launcher=torchrun", "hydra/launcher=submitit_slurm"], "launcher=slurm"),
+        (["training.seed=1,2", "launcher.hang_timeout_minutes=1,2"], "share launcher"),
+        (["training.seed=1,2", "--resume"], "takes no --resume"),
+    ],
+)
+def test_nothing_starts_when_one_of_the_jobs_cannot(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["train", "-m", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert os.listdir(in_tmp) == []
+
+
+def test_it_is_a_hydra_application(in_tmp: Path) -> None:
+    pytest.importorskip("submitit", reason="needs the extra submitit")
+    words = ("train", "-m", "fp8_recipe=cs", "hydra/launcher=submitit_slurm", "launcher.time=1-00")
+    words += ("launcher.partition=big", "launcher.nodes=2", "hydra.launcher.nodes=3", "hardware=h100")
+    done = subprocess.run(
+        nemo_fp8(*words, "--cfg", "hydra"),
+        cwd=in_tmp,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)["hydra"]
+    launcher = shown["launcher"]
+    assert launcher["_target_"].endswith("submitit_launcher.SlurmLauncher")
+    assert (launcher["partition"], launcher["timeout_min"], launcher["gpus_per_node"]) == ("big", 1440, 8)
+    assert launcher["nodes"] == 3  # Hydra's own key wins
+    assert "fp8_recipe=tensorwise" in shown["overrides"]["task"]
+    assert os.listdir(in_tmp) == []
+
+
+@pytest.mark.slow
+def test_recipes_one_after_the_other_each_in_its_own_run_directory(in_tmp: Path) -> None:
+    sizes = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.seq_length=32")
+    words = ("data=mock", "training.steps=1", "training.eval_batches=0", "telemetry.enabled=false")
+    done = subprocess.run(
+        nemo_fp8("train", "-m", "fp8_recipe=delayed,cs", "device=emulated", *sizes, *words),
+        cwd=in_tmp,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path for path in (in_tmp / "runs").iterdir() if path.is_dir())
+    assert [path.name.split("-")[0] for path in runs] == ["delayed", "tensorwise"]
+    assert [path.name[-2:] for path in runs] == ["_0", "_1"]
+    assert sorted(os.listdir(in_tmp)) == ["runs"]
+    for path in runs:
+        record = json.loads((path / "run.json").read_text())
+        assert (record["status"], record["recipe"]["name"]) == ("finished", path.name.split("-")[0])
+        assert yaml.safe_load((path / ".hydra/overrides.yaml").read_text())
+        assert json.loads((path / ".launch/job.json").read_text())["launcher"] == "local"

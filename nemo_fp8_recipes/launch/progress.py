@@ -22,8 +22,8 @@ _POLL_SECONDS = 2.0
 
 class HangWatch:
     """Notices that nothing has changed for `seconds`: no logged step, checkpoint or index of token files of
-    the training job, no output of a user's script. Every node of a job looks at the same files, so all of them
-    notice.
+    the training job, no output of a user's script. Every node of a job looks at the same files, so all of
+    them notice.
     """
 
     def __init__(self, directory: LaunchDirectory, seconds: float, *, by_output: bool) -> None:

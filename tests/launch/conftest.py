@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import slurm_cluster
+from tests.launch.slurm_jobs import LONG, losses
 
 HOSTILE = {
     "space": "two  words ",
@@ -94,3 +95,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
         pytest.skip(reason)
     with slurm_cluster.start(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the job below, run here from its first step to its last."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = subprocess.run(
+        nemo_fp8("train", "device=emulated", f"run_dir={run_dir}", *LONG),
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return losses(run_dir)

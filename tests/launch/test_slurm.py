@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,25 +19,13 @@ from nemo_fp8_recipes.cli import main
 from nemo_fp8_recipes.launch.hydra_text import override
 from tests.launch.conftest import HOSTILE, clean_environment, nemo_fp8
 from tests.launch.slurm_cluster import Cluster
+from tests.launch.slurm_jobs import LONG, SMALL, STEPS_OF_LONG, logged_steps, losses, record, runs, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 BASE = ("launcher=slurm", "device=emulated", "launcher.nproc_per_node=1")
 # A script that needs no torch: one task a process, no torchrun.
 LIGHT = ("launcher.tasks=gpu",)
-# A model that takes a fraction of a second a step.
-SMALL = (
-    "model.num_layers=1",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=128",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=2",
-    "model.seq_length=32",
-    "data=mock",
-    "training.micro_batch_size=1",
-    "training.global_batch_size=4",
-    "training.eval_batches=0",
-)
 
 
 @dataclass(frozen=True)
@@ -85,39 +72,8 @@ def submit(cluster: Cluster, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> I
     until(lambda: not cluster.run("squeue", "-h").stdout.strip(), 60, "jobs that do not end")
 
 
-def record(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "run.json").read_text())
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
-
-
 def output(run_dir: Path) -> str:
     return (run_dir / ".launch/slurm.out").read_text()
-
-
-def runs(cluster: Cluster, run_dir: Path) -> dict[str, Any]:
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        assert main(["runs", "--json", str(run_dir)]) == 0
-    (row,) = json.loads(output.getvalue())["runs"]
-    return row
-
-
-def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
-def logged_steps(run_dir: Path) -> int:
-    try:
-        return (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 def test_two_nodes_of_two_processes_train_one_model(cluster: Cluster, submit: Submit, in_tmp: Path) -> None:
@@ -201,31 +157,6 @@ def test_an_array_has_a_run_directory_and_an_environment_for_each_recipe(
         "blockwise": {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0"},
     }
     assert all((path / ".launch/slurm.out").exists() for path in done.jobs.values())
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of the job below, run here from its first step to its last."""
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = subprocess.run(
-        nemo_fp8("train", "device=emulated", f"run_dir={run_dir}", *LONG),
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    return losses(run_dir)
-
-
-STEPS_OF_LONG = 120
-LONG = (
-    "fp8_recipe=delayed",
-    *SMALL,
-    f"training.steps={STEPS_OF_LONG}",
-    "training.save_every=1000",
-    "telemetry.enabled=false",
-)
 
 
 def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_losses(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch.conftest import clean_environment, nemo_fp8
 from tests.launch.slurm_cluster import Cluster
-from tests.launch.test_slurm import LONG, STEPS_OF_LONG, logged_steps, losses, record, runs, until
+from tests.launch.slurm_jobs import LONG, STEPS_OF_LONG, logged_steps, losses, record, runs, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -2,6 +2,7 @@
 #   make train                                   install, then: nemo-fp8 train fp8_recipe=mxfp8
 #   make train ARGS="fp8_recipe=blockwise training.steps=200"
 #   make test                                    the test suite
+#   make test-slurm                              launching, on a real SLURM of two nodes on this machine
 #   make test-browser                            the HTML report in Chromium
 #   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
 #   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
@@ -23,7 +24,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-browser train-nemo test-nemo train-bridge test-bridge lint clean
+.PHONY: train test test-slurm test-browser train-nemo test-nemo train-bridge test-bridge lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -31,6 +32,14 @@ train: $(VENV)/.installed-cpu
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(ARGS)
+
+# A SLURM of its own, started and ended by the tests. SLURM comes from apt where this may install it.
+test-slurm: $(VENV)/.installed-test
+	@PATH="$$PATH:/usr/sbin"; command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } \
+	  || echo "There is no SLURM, and it cannot be installed here: its tests will be skipped."
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slurm $(ARGS)
 
 # The HTML report in a real browser. Chromium comes from apt where this may install it.
 test-browser: $(VENV)/.installed-test

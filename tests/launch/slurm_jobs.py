@@ -46,7 +46,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def runs(cluster: Cluster, run_dir: Path) -> dict[str, Any]:
+def runs(run_dir: Path) -> dict[str, Any]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         assert main(["runs", "--json", str(run_dir)]) == 0

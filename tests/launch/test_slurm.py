@@ -102,7 +102,7 @@ def test_two_nodes_of_two_processes_train_one_model(cluster: Cluster, submit: Su
     assert len(losses(run_dir)) == 3
     _assert_ranks_and_nodes(run_dir, ranks=4)
     assert os.listdir(run_dir.parent) == [run_dir.name]
-    assert runs(cluster, run_dir)["state"] == "finished"
+    assert runs(run_dir)["state"] == "finished"
 
 
 def _assert_ranks_and_nodes(run_dir: Path, ranks: int) -> None:
@@ -169,7 +169,7 @@ def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_los
     cluster.wait(job_id, "PENDING", seconds=90)
     saved = max(losses(run_dir))
     assert 5 <= saved < STEPS_OF_LONG
-    state = runs(cluster, run_dir)
+    state = runs(run_dir)
     assert (state["state"], state["checkpoint_step"]) == ("queued", saved)
     assert record(run_dir)["status"] == "interrupted"
     cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")  # SLURM would wait two minutes
@@ -202,13 +202,13 @@ def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(
     words = (*LIGHT, "launcher.time=1", "launcher.signal_seconds=40")
     job_id, run_dir = submit(*words, "--", "steps.py").only
     cluster.wait(job_id, "RUNNING", seconds=60)
-    assert runs(cluster, run_dir)["state"] == "running"
+    assert runs(run_dir)["state"] == "running"
     cluster.wait(job_id, "PENDING", seconds=120)
     assert (run_dir / "saved").exists()
     cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
     job = cluster.wait(job_id, "COMPLETED", "FAILED", "TIMEOUT", seconds=120)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(run_dir)
-    assert runs(cluster, run_dir)["state"] == "finished"
+    assert runs(run_dir)["state"] == "finished"
 
 
 def test_scancel_with_sigterm_saves_and_leaves_a_resumable_run(cluster: Cluster, submit: Submit) -> None:
@@ -218,7 +218,7 @@ def test_scancel_with_sigterm_saves_and_leaves_a_resumable_run(cluster: Cluster,
     job = cluster.wait(job_id, "FAILED", "COMPLETED", "PENDING", "CANCELLED", seconds=90)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "143:0"), output(run_dir)
     assert record(run_dir)["status"] == "interrupted"
-    state = runs(cluster, run_dir)
+    state = runs(run_dir)
     assert (state["state"], state["resumable"]) == ("interrupted", True)
     assert state["checkpoint_step"] == state["last_step"]
     again = submit(*LONG, "run_dir=run")
@@ -259,7 +259,7 @@ def test_a_node_with_the_wrong_gpu_ends_the_job_before_torch_is_imported(
     )
     assert not (in_tmp / "mark").exists()
     assert not (run_dir / "run.json").exists()
-    state = runs(cluster, run_dir)
+    state = runs(run_dir)
     assert (state["state"], "failed" in state["reason"]) == ("failed", True)
     control = subprocess.run(
         nemo_fp8("train", "fp8_recipe=tensorwise", "device=emulated"),
@@ -365,7 +365,7 @@ def test_a_full_disk_ends_the_job_and_leaves_no_run_that_looks_well(
     try:
         done = submit(*LONG, f"run_dir={small}/run", "training.save_every=2", wait=True)
         assert done.status not in (0, 124, 143)
-        state = runs(cluster, small / "run")
+        state = runs(small / "run")
         assert state["state"] in ("failed", "interrupted")
         complete = list((small / "run/checkpoints").glob("*/complete.json"))
         assert state["checkpoint_step"] == max((int(path.parent.name[5:]) for path in complete), default=None)

@@ -43,7 +43,7 @@ def test_an_array_of_three_recipes_one_of_which_is_requeued_before_its_time_limi
         cluster.wait(job_id, "PENDING", seconds=90)
         saved = max(losses(first))
         assert 3 <= saved < STEPS_OF_LONG
-        assert runs(cluster, first)["state"] == "queued"
+        assert runs(first)["state"] == "queued"
         cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
         assert process.wait(300) == 0, (in_tmp / "said").read_text()
     finally:
@@ -59,5 +59,5 @@ def test_an_array_of_three_recipes_one_of_which_is_requeued_before_its_time_limi
         assert (record(path)["status"], record(path)["recipe"]["name"]) == ("finished", recipe)
         (node,) = (json.loads(file.read_text()) for file in (path / ".launch/nodes").iterdir())
         assert node["attempt"] == (2 if recipe == "delayed" else 1)
-        assert runs(cluster, path)["state"] == "finished"
+        assert runs(path)["state"] == "finished"
     assert sorted(path.name for path in in_tmp.iterdir()) == ["runs", "said"]

@@ -1,12 +1,15 @@
-"""Sweeps on the real SLURM: an array through Hydra's submitit launcher."""
+"""Sweeps of whole training jobs: an array on the real SLURM through Hydra's submitit launcher, and one after
+the other."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.launch.conftest import clean_environment, nemo_fp8
 from tests.launch.slurm_cluster import Cluster
@@ -61,3 +64,26 @@ def test_an_array_of_three_recipes_one_of_which_is_requeued_before_its_time_limi
         assert node["attempt"] == (2 if recipe == "delayed" else 1)
         assert runs(path)["state"] == "finished"
     assert sorted(path.name for path in in_tmp.iterdir()) == ["runs", "said"]
+
+
+def test_recipes_one_after_the_other_each_in_its_own_run_directory(in_tmp: Path) -> None:
+    sizes = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.seq_length=32")
+    words = ("data=mock", "training.steps=1", "training.eval_batches=0", "telemetry.enabled=false")
+    done = subprocess.run(
+        nemo_fp8("train", "-m", "fp8_recipe=delayed,cs", "device=emulated", *sizes, *words),
+        cwd=in_tmp,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path for path in (in_tmp / "runs").iterdir() if path.is_dir())
+    assert [path.name.split("-")[0] for path in runs] == ["delayed", "tensorwise"]
+    assert [path.name[-2:] for path in runs] == ["_0", "_1"]
+    assert sorted(os.listdir(in_tmp)) == ["runs"]
+    for path in runs:
+        record = json.loads((path / "run.json").read_text())
+        assert (record["status"], record["recipe"]["name"]) == ("finished", path.name.split("-")[0])
+        assert yaml.safe_load((path / ".hydra/overrides.yaml").read_text())
+        assert json.loads((path / ".launch/job.json").read_text())["launcher"] == "local"

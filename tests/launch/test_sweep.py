@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,25 +144,47 @@ def test_it_is_a_hydra_application(in_tmp: Path) -> None:
     assert os.listdir(in_tmp) == []
 
 
-@pytest.mark.slow
-def test_recipes_one_after_the_other_each_in_its_own_run_directory(in_tmp: Path) -> None:
-    sizes = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.seq_length=32")
-    words = ("data=mock", "training.steps=1", "training.eval_batches=0", "telemetry.enabled=false")
-    done = subprocess.run(
-        nemo_fp8("train", "-m", "fp8_recipe=delayed,cs", "device=emulated", *sizes, *words),
-        cwd=in_tmp,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+STOOD_IN = """
+import json, sys
+from nemo_fp8_recipes import cli
+from nemo_fp8_recipes.launch import local
+
+def run(job, typed, *, resume, overwrite):
+    arguments = job.train_arguments(resume=resume)
+    with open(f"{job.run_dir.name}.json", "w") as file:
+        json.dump([job.id, str(job.run_dir), job.recipe.name, arguments, typed], file)
+    (job.run_dir / "run.json").write_text('{"schema_version": 1, "result": {"last_loss": 2.0}}')
+    return 3 if job.recipe.name == "bf16" else 0
+
+local.run = run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_each_job_is_launched_with_its_own_overrides_and_run_directory(in_tmp: Path) -> None:
+    """By Hydra's own launcher, one after the other; what runs in the jobs is stood in for."""
+
+    def sweep(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", STOOD_IN, "train", "-m", *words],
+            cwd=in_tmp,
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    done = sweep("fp8_recipe=ds,cs", "+launcher.environment.PROBE='$(x) {a,b}'", "hydra.sweep.dir=my runs")
     assert done.returncode == 0, done.stderr
-    runs = sorted(path for path in (in_tmp / "runs").iterdir() if path.is_dir())
-    assert [path.name.split("-")[0] for path in runs] == ["delayed", "tensorwise"]
-    assert [path.name[-2:] for path in runs] == ["_0", "_1"]
-    assert sorted(os.listdir(in_tmp)) == ["runs"]
-    for path in runs:
-        record = json.loads((path / "run.json").read_text())
-        assert (record["status"], record["recipe"]["name"]) == ("finished", path.name.split("-")[0])
-        assert yaml.safe_load((path / ".hydra/overrides.yaml").read_text())
-        assert json.loads((path / ".launch/job.json").read_text())["launcher"] == "local"
+    launched = [json.loads(path.read_text()) for path in sorted(in_tmp.glob("*.json"))]
+    assert [name for _, _, name, _, _ in launched] == ["delayed", "tensorwise"]
+    for number, (job_id, run_dir, name, arguments, typed) in enumerate(launched):
+        assert job_id.endswith(f"_{number}")
+        assert run_dir == f"{in_tmp}/my runs/{name}-{job_id}"
+        assert arguments[-1] == f"run_dir='{run_dir}'"
+        assert arguments[:2] == [f"fp8_recipe={name}", "+launcher.environment.PROBE='$(x) {a,b}'"]
+        assert typed == ["nemo-fp8", "train", *arguments[:2]]
+        assert yaml.safe_load((Path(run_dir) / ".hydra/overrides.yaml").read_text()) == arguments[:2]
+    failed = sweep("fp8_recipe=tensorwise,bf16")
+    assert failed.returncode == 1
+    assert "ended with exit status 3" in failed.stderr

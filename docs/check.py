@@ -15,6 +15,7 @@ from pathlib import Path
 from nemo_fp8_recipes.cli import COMMANDS
 from nemo_fp8_recipes.config import compose
 from nemo_fp8_recipes.errors import Fp8Error
+from nemo_fp8_recipes.launch.slurm.jobs import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -80,8 +81,14 @@ def wrong_overrides(line: str, words: list[str]) -> Iterator[str]:
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     if PLACEHOLDER.search(" ".join(overrides)):
         return
+    jobs: list[tuple[str, ...]] = [tuple(overrides)]
+    if "-m" in words:  # Hydra's multirun: a job for each combination
+        by_slurm = ("launcher=slurm",) if "hydra/launcher=submitit_slurm" in overrides else ()
+        ours = [word for word in overrides if not word.startswith(("hydra.", "hydra/"))]
+        jobs = combinations((*by_slurm, *ours))
     try:
-        compose(overrides)
+        for job in jobs:
+            compose(job)
     except Fp8Error as error:
         yield f"`{line}` does not compose: {error}"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from nemo_fp8_recipes.errors import Fp8Error, nearest
 
-__all__ = ["coerce", "read", "spelled", "type_name", "unknown_key"]
+__all__ = ["coerce", "hints", "read", "spelled", "type_name", "unknown_key"]
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's marker for a value that the user has to give
@@ -168,19 +168,29 @@ def read(
         error: naming the dotted key below `key` for an unknown key, a wrong type or a missing value.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]  # T is a dataclass
-    hints = typing.get_type_hints(cls)
+    types_of = hints(cls)
     arguments: dict[str, Any] = {name: getattr(base, name) for name in fields} if base is not None else {}
     for name, value in values.items():
         if name not in fields:
             raise unknown_key(str(name), list(fields), key, error)
         inner = getattr(base, name) if base is not None else _default(fields[name])
         inner = None if inner is dataclasses.MISSING else inner
-        arguments[name] = coerce(value, hints[name], f"{key}.{name}" if key else name, error, base=inner)
+        arguments[name] = coerce(value, types_of[name], f"{key}.{name}" if key else name, error, base=inner)
     for name, field in fields.items():
         if name not in arguments and _default(field) is dataclasses.MISSING:
             full = f"{key}.{name}" if key else name
-            raise error(f"{full} needs a value.", key=full, allowed=[type_name(hints[name])])
+            raise error(f"{full} needs a value.", key=full, allowed=[type_name(types_of[name])])
     return cls(**arguments)
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; every class is asked once, because that is slow."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

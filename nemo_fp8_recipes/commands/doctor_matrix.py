@@ -27,14 +27,10 @@ def matrix(job: PreflightInput, ignored: frozenset[str] = frozenset()) -> dict[s
     gpus = [preflight.named_hardware(name) for name in config.options("hardware") if name != "auto"]
     found: dict[str, dict[str, list[Finding]]] = {}
     for name in (*recipes.names(), *recipes.presets()):
-        recipe = recipes.load(name)
+        everywhere = preflight.check_on(replace(job, recipe=recipes.load(name)), gpus)
         found[name] = {
-            gpu.name: [
-                finding
-                for finding in preflight.check(replace(job, recipe=recipe, hardware=gpu))
-                if finding.severity != "info" and finding.code not in ignored
-            ]
-            for gpu in gpus
+            gpu: [finding for finding in here if finding.severity != "info" and finding.code not in ignored]
+            for gpu, here in everywhere.items()
         }
     return found
 

@@ -10,6 +10,7 @@ from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.job import (
     check,
     check_job,
+    check_on,
     hardware_here,
     ignoring,
     job_input,
@@ -34,6 +35,7 @@ __all__ = [
     "all_rules",
     "check",
     "check_job",
+    "check_on",
     "cost",
     "hardware_here",
     "ignoring",

@@ -5,6 +5,7 @@ Formulas and what they leave out are in docs/doctor.md. M tokens, N output and K
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,7 @@ def quantised_bytes(plan: OperandPlan, rows: int, columns: int, *, columnwise: b
     return elements + scales
 
 
+@functools.lru_cache(maxsize=512)
 def cost(recipe: Recipe, capability: Capability | None, model: ModelShape, parallel: Parallel) -> Cost:
     """What `recipe` costs for this model on one rank; of an unknown device, as on Hopper."""
     totals = {"weights": 0, "saved_inputs": 0, "gemm_flops": 0, "quantised_flops": 0, "gemm_bytes": 0}

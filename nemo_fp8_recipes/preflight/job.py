@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -29,7 +30,7 @@ from nemo_fp8_recipes.targets import transformer_engine, versions
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["check", "check_job", "hardware_here", "ignoring", "job_input", "named_hardware"]
+__all__ = ["check", "check_job", "check_on", "hardware_here", "ignoring", "job_input", "named_hardware"]
 
 _SHAPE_KEYS = (
     "num_layers",
@@ -47,6 +48,18 @@ _CUDA = re.compile(r"cu(\d\d)(\d)$")
 def check(job: PreflightInput) -> list[Finding]:
     """Everything that is known to fail or to hurt, worst first."""
     return worst_first(finding for rule in all_rules().values() for finding in rule.findings(job))
+
+
+def check_on(job: PreflightInput, gpus: Iterable[Hardware]) -> dict[str, list[Finding]]:
+    """`check` of the job on each of these GPUs, by the GPU's name."""
+    rules = all_rules().values()
+    common = [finding for rule in rules if not rule.of_gpu for finding in rule.findings(job)]
+    found = {}
+    for gpu in gpus:
+        here = dataclasses.replace(job, hardware=gpu)
+        own = [finding for rule in rules if rule.of_gpu for finding in rule.findings(here)]
+        found[gpu.name] = worst_first([*own, *common])
+    return found
 
 
 def check_job(
@@ -197,6 +210,7 @@ def _emulated(device: str, environment: Mapping[str, str]) -> bool:
     return bool(emulation.should_start(device, environment))
 
 
+@functools.cache
 def named_hardware(name: str) -> Hardware:
     """The GPU of conf/hardware/<name>.yaml.
 

@@ -47,6 +47,8 @@ class Rule:
     sources: tuple[str | Citation, ...]
     versions: str
     check: Check
+    of_gpu: bool = True
+    """Whether another GPU can change what it finds."""
 
     @property
     def source(self) -> str:
@@ -81,8 +83,12 @@ def rule(
     *,
     source: str | Citation | tuple[str | Citation, ...],
     versions: str = "",
+    of_gpu: bool = True,
 ) -> Callable[[Check], Check]:
-    """Register a check under a code that is never given to another one."""
+    """Register a check under a code that is never given to another one.
+
+    `of_gpu=False` says that it does not look at the hardware: `check_on` runs it once for all GPUs.
+    """
 
     def register(check: Check) -> Check:
         if code in _RULES:
@@ -94,6 +100,7 @@ def rule(
             sources=source if isinstance(source, tuple) else (source,),
             versions=versions,
             check=check,
+            of_gpu=of_gpu,
         )
         return check
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -40,7 +39,7 @@ class Recipe:
     since: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = typed.hints(type(self))
         for field in dataclasses.fields(self):
             key = f"{KEY}.{field.name}"
             value = typed.coerce(

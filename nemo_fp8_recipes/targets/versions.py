@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 
@@ -18,6 +19,7 @@ def installed(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def parse(version: str) -> tuple[int, ...]:
     """The numbers of a release, (2, 20, 2) for "2.20.2+4f1c"; empty for a version without numbers."""
     found = _RELEASE.match(version.strip().removeprefix("v"))

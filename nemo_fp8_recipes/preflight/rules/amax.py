@@ -17,6 +17,7 @@ _GROUP = core("parallel_state.py", 1509, "def get_amax_reduction_group(with_cont
     "warning",
     "amax is not reduced over all ranks that share weights",
     source=("Megatron-LM issue 442: a wrong reduction group diverged after 1,000 steps", _GROUP),
+    of_gpu=False,
 )
 def reduction_group(job: PreflightInput) -> Iterator[Problem]:
     recipe = job.recipe

@@ -24,6 +24,7 @@ _SCOPE = "megatron.cuda_graph_scope"
         core(_CONFIG, 1770, "moe cuda graph is only supported with drop-padding MoE."),
     ),
     versions="megatron-core >= 0.16",
+    of_gpu=False,
 )
 def graph_scope(job: PreflightInput) -> Iterator[Problem]:
     megatron = job.megatron
@@ -80,6 +81,7 @@ def graph_scope(job: PreflightInput) -> Iterator[Problem]:
         core(_CONFIG, 1808, 'or "core_attn" not in self.recompute_modules'),
     ),
     versions="megatron-core >= 0.16",
+    of_gpu=False,
 )
 def graph_and_recompute(job: PreflightInput) -> Iterator[Problem]:
     megatron = job.megatron
@@ -127,6 +129,7 @@ def graph_and_recompute(job: PreflightInput) -> Iterator[Problem]:
         ),
     ),
     versions="megatron-core >= 0.12",
+    of_gpu=False,
 )
 def graph_and_probes(job: PreflightInput) -> Iterator[Problem]:
     if job.megatron.cuda_graph_impl != "none" and job.telemetry and job.recipe.precision != "bf16":
@@ -149,6 +152,7 @@ def graph_and_probes(job: PreflightInput) -> Iterator[Problem]:
         "transformer/cuda_graphs.py", 735, "self.fp8_recipe = FP8GlobalStateManager.get_fp8_recipe()"
     ),
     versions="megatron-core >= 0.12",
+    of_gpu=False,
 )
 def graph_and_schedule(job: PreflightInput) -> Iterator[Problem]:
     if job.megatron.cuda_graph_impl != "none" and job.scheduled:
@@ -167,6 +171,7 @@ def graph_and_schedule(job: PreflightInput) -> Iterator[Problem]:
     "CUDA graphs with expandable segments",
     source=megatron_lm("megatron/training/arguments.py", 1249, '"expandable_segments:True" not in os.getenv'),
     versions="Megatron-LM core_v0.15.0 and later",
+    of_gpu=False,
 )
 def graph_and_allocator(job: PreflightInput) -> Iterator[Problem]:
     if job.megatron.cuda_graph_impl != "transformer_engine":

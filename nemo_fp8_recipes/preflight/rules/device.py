@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from nemo_fp8_recipes.preflight.citation import Citation, engine, engine_cpp
 from nemo_fp8_recipes.preflight.cost import cost
-from nemo_fp8_recipes.preflight.hardware import BLACKWELL, CAPABILITIES, recipes_for, runs_on, spelled
+from nemo_fp8_recipes.preflight.hardware import (
+    BLACKWELL,
+    CAPABILITIES,
+    any_gemm_layout,
+    recipes_for,
+    runs_on,
+    spelled,
+)
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import OPERANDS, Blockwise
@@ -158,7 +165,10 @@ def fits(job: PreflightInput) -> Iterator[Problem]:
     memory = job.hardware.memory_gb
     if memory is None or job.model is None:
         return
-    held = cost(job.recipe, job.hardware.capability, job.model, job.parallel).weights
+    capability = job.hardware.capability
+    # Of the capability only this matters to the cost; a few values of it are cached.
+    layout = BLACKWELL if capability is not None and any_gemm_layout(capability) else None
+    held = cost(job.recipe, layout, job.model, job.parallel).weights
     if held > memory * 1e9:
         yield Problem(
             message=f"The linear layers' weights alone take {held / 1e9:.0f} GB on each rank, and "

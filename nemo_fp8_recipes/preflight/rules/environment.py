@@ -21,6 +21,7 @@ from nemo_fp8_recipes.targets import te_environment
         engine("common/recipe/__init__.py", 558, "NVTE_NVFP4_DISABLE_RHT"),
     ),
     versions="transformer-engine >= 2.2",
+    of_gpu=False,
 )
 def defaults_disagree(job: PreflightInput) -> Iterator[Problem]:
     for name, variable in te_environment.VARIABLES.items():
@@ -45,6 +46,7 @@ def defaults_disagree(job: PreflightInput) -> Iterator[Problem]:
     "an environment variable changes the recipe inside attention",
     source=engine("pytorch/attention/dot_product_attention/utils.py", 584, 'if _dpa_fp8_recipe != ""'),
     versions="transformer-engine >= 2.8",
+    of_gpu=False,
 )
 def attention_overridden(job: PreflightInput) -> Iterator[Problem]:
     text = job.environment.get("NVTE_DPA_FP8_RECIPE")
@@ -63,6 +65,7 @@ def attention_overridden(job: PreflightInput) -> Iterator[Problem]:
     "warning",
     "NVTE_UNFUSED_FP8_UPDATE changes delayed scaling",
     source=engine("pytorch/quantization.py", 688, "NVTE_UNFUSED_FP8_UPDATE"),
+    of_gpu=False,
 )
 def unfused_update(job: PreflightInput) -> Iterator[Problem]:
     text = job.environment.get("NVTE_UNFUSED_FP8_UPDATE", "0")

@@ -22,6 +22,7 @@ _KEY = "megatron.moe_router_padding_for_quantization"
         core(_CONFIG, 1629, "allgather and alltoall_seq dispatcher does not support"),
     ),
     versions="megatron-core >= 0.13 (there moe_router_padding_for_fp8, up to 0.15)",
+    of_gpu=False,
 )
 def router_padding(job: PreflightInput) -> Iterator[Problem]:
     if not job.megatron.moe_router_padding_for_quantization:
@@ -48,6 +49,7 @@ def router_padding(job: PreflightInput) -> Iterator[Problem]:
     "experts need a newer Transformer Engine",
     source=core(_CONFIG, 1609, "Only transformer-engine>=1.11.0 supports FP8 grouped gemm"),
     versions="all",
+    of_gpu=False,
 )
 def grouped_gemm(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or not job.model.has_experts or job.recipe.precision != "fp8":
@@ -71,6 +73,7 @@ def grouped_gemm(job: PreflightInput) -> Iterator[Problem]:
         core("fp8_utils.py", 168, "def get_fp8_align_size"),
     ),
     versions="megatron-core >= 0.13",
+    of_gpu=False,
 )
 def padding_cost(job: PreflightInput) -> Iterator[Problem]:
     model = job.model

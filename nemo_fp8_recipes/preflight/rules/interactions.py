@@ -15,6 +15,7 @@ from nemo_fp8_recipes.recipes import Delayed
     "info",
     "a function of your own updates the scales",
     source=engine("pytorch/quantization.py", 1153, "def _amax_and_scale_update"),
+    of_gpu=False,
 )
 def own_scale_update(job: PreflightInput) -> Iterator[Problem]:
     recipe = job.recipe

@@ -15,6 +15,7 @@ from nemo_fp8_recipes.recipes import Blockwise, Delayed, Mxfp8
     "warning",
     "MXFP8 with E5M2 gradients diverged",
     source="Megatron-Bridge discussion 638, NeMo issue 14793, arXiv 2506.08027",
+    of_gpu=False,
 )
 def hybrid_mxfp8(job: PreflightInput) -> Iterator[Problem]:
     if isinstance(job.recipe, Mxfp8) and job.recipe.fp8_format == "hybrid":
@@ -31,6 +32,7 @@ def hybrid_mxfp8(job: PreflightInput) -> Iterator[Problem]:
     "warning",
     "128x128 blocks for gradients diverged",
     source="DeepSeek-V3, arXiv 2412.19437",
+    of_gpu=False,
 )
 def two_dimensional_gradients(job: PreflightInput) -> Iterator[Problem]:
     if isinstance(job.recipe, Blockwise) and job.recipe.grad_block_scaling_dim == 2:
@@ -48,6 +50,7 @@ def two_dimensional_gradients(job: PreflightInput) -> Iterator[Problem]:
     "warning",
     "a short amax history",
     source=engine_cpp("common/recipe/delayed_scaling.cu", 114, "switch (amax_compute_algo)"),
+    of_gpu=False,
 )
 def short_history(job: PreflightInput) -> Iterator[Problem]:
     recipe = job.recipe

@@ -21,6 +21,7 @@ MODES_SINCE = {"te": "2.8", "megatron_core": "0.15"}
     "communication overlap without sequence parallelism",
     source=megatron_lm("megatron/training/arguments.py", 916, "assert args.sequence_parallel == True"),
     versions="all",
+    of_gpu=False,
 )
 def overlap_needs_sequence(job: PreflightInput) -> Iterator[Problem]:
     if job.megatron.tp_comm_overlap and not job.parallel.sequence:
@@ -43,6 +44,7 @@ def overlap_needs_sequence(job: PreflightInput) -> Iterator[Problem]:
         megatron_lm("megatron/training/initialize.py", 281, "quantization_modes.append"),
     ),
     versions="transformer-engine < 2.8, or megatron-core < 0.15, or NeMo 2",
+    of_gpu=False,
 )
 def overlap_and_bf16_layers(job: PreflightInput) -> Iterator[Problem]:
     if not job.megatron.tp_comm_overlap or not isinstance(job.recipe, QuantizedRecipe):

@@ -24,6 +24,7 @@ FEWER_GROUPS_SINCE = "0.16"
         core("transformer/moe/moe_layer.py", 101, "assert self.config.num_moe_experts % ep_size == 0"),
         core("utils.py", 468, "is not divisible by"),
     ),
+    of_gpu=False,
 )
 def divides(job: PreflightInput) -> Iterator[Problem]:
     model, parallel = job.model, job.parallel
@@ -74,6 +75,7 @@ def _fewer_groups_allowed(job: PreflightInput) -> bool:
     "error",
     "expert parallelism without experts",
     source=core(_CONFIG, 1049, "num_moe_experts must be non None to use expert-parallel."),
+    of_gpu=False,
 )
 def experts_to_cut(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or job.parallel.ep == 1:
@@ -95,10 +97,13 @@ def experts_to_cut(job: PreflightInput) -> Iterator[Problem]:
         core(_CONFIG, 1005, "num_layers_at_start_in_bf16"),
         core(_CONFIG, 1014, "num_layers_at_end_in_bf16"),
     ),
+    of_gpu=False,
 )
 def bf16_layers_fit(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or not isinstance(job.recipe, QuantizedRecipe) or not job.recipe.layers_in_bf16:
         return
+    if job.recipe.precision != "fp8":
+        return  # Megatron checks FP8 only; FP4 layers are left out by their number in the whole model
     most = job.model.num_layers // job.parallel.pp
     for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         value = getattr(job.recipe, key)
@@ -116,6 +121,7 @@ def bf16_layers_fit(job: PreflightInput) -> Iterator[Problem]:
     "error",
     "no layer is left to quantise",
     source="nemo_fp8_recipes: FP8 asked for and not applied",
+    of_gpu=False,
 )
 def something_quantised(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or not isinstance(job.recipe, QuantizedRecipe):

@@ -21,6 +21,7 @@ def _kept_quantised(job: PreflightInput) -> bool:
     "FP8 parameter gather without the distributed optimizer",
     source=megatron_lm("megatron/training/arguments.py", 656, "assert args.use_distributed_optimizer"),
     versions="Megatron-LM and Megatron-Bridge refuse it; Megatron-Core by itself does not",
+    of_gpu=False,
 )
 def gather_without_distributed_optimizer(job: PreflightInput) -> Iterator[Problem]:
     if _kept_quantised(job) and job.distributed_optimizer is False:
@@ -41,6 +42,7 @@ def gather_without_distributed_optimizer(job: PreflightInput) -> Iterator[Proble
         "distributed/distributed_data_parallel_config.py", 154, "Reuse grad buffer only when keeping params"
     ),
     versions="megatron-core >= 0.14",
+    of_gpu=False,
 )
 def reuse_needs_mxfp8_weights(job: PreflightInput) -> Iterator[Problem]:
     if not job.megatron.reuse_grad_buf_for_mxfp8_param_ag:
@@ -73,6 +75,7 @@ def reuse_needs_mxfp8_weights(job: PreflightInput) -> Iterator[Problem]:
         core("optimizer/distrib_optimizer.py", 2485, "param buffer is not mapped to model params for MXFP8"),
     ),
     versions="megatron-core >= 0.14",
+    of_gpu=False,
 )
 def mxfp8_weights_updated(job: PreflightInput) -> Iterator[Problem]:
     if (

@@ -24,6 +24,7 @@ SELECTIVE_SINCE = "2.6"
         core("transformer/moe/experts.py", 601, "set_save_original_input(self.linear_fc1)"),
     ),
     versions="megatron-core >= 0.13",
+    of_gpu=False,
 )
 def delayed_saves_original_input(job: PreflightInput) -> Iterator[Problem]:
     if job.recipe.name != "delayed":
@@ -59,6 +60,7 @@ def _experts(job: PreflightInput) -> bool | None:
         core(_CONFIG, 1215, "moe_act in recompute_modules is only supported with moe_grouped_gemm"),
     ),
     versions="megatron-core >= 0.12",
+    of_gpu=False,
 )
 def recompute_settings(job: PreflightInput) -> Iterator[Problem]:
     megatron = job.megatron
@@ -106,6 +108,7 @@ def recompute_settings(job: PreflightInput) -> Iterator[Problem]:
     "recomputing a norm or an activation needs a newer Transformer Engine",
     source=core(_CONFIG, 1250, "moe_act and layernorm recompute for fp8 needs"),
     versions="megatron-core >= 0.13",
+    of_gpu=False,
 )
 def recompute_needs_engine(job: PreflightInput) -> Iterator[Problem]:
     if job.recipe.precision != "fp8" or job.te_version is None or at_least(job.te_version, SELECTIVE_SINCE):
@@ -130,6 +133,7 @@ def recompute_needs_engine(job: PreflightInput) -> Iterator[Problem]:
         core(_CONFIG, 1289, "attn_proj cannot be set to offload_modules alone"),
     ),
     versions="megatron-core >= 0.16",
+    of_gpu=False,
 )
 def offload_settings(job: PreflightInput) -> Iterator[Problem]:
     megatron = job.megatron

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
 from nemo_fp8_recipes.preflight.citation import engine, megatron_lm
-from nemo_fp8_recipes.preflight.inputs import PreflightInput
+from nemo_fp8_recipes.preflight.hardware import BLACKWELL, Capability, any_gemm_layout
+from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.preflight.shapes import (
     EXECUTION,
@@ -16,9 +18,11 @@ from nemo_fp8_recipes.preflight.shapes import (
     Demand,
     Linear,
     ModelShape,
+    Parallel,
     linears,
     unmet,
 )
+from nemo_fp8_recipes.recipes import Recipe
 
 # Keys that change a dimension, the one to change first in front.
 _TOKENS = ("seq_length", "micro_batch_size")
@@ -65,6 +69,24 @@ _SEARCH = 8192
 def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None:
         return
+    capability = job.hardware.capability
+    layout = BLACKWELL if capability is not None and any_gemm_layout(capability) else None
+    yield from _problems(job.recipe, layout, job.model, job.parallel)
+
+
+@functools.lru_cache(maxsize=512)
+def _problems(
+    recipe: Recipe, layout: Capability | None, model: ModelShape, parallel: Parallel
+) -> tuple[Problem, ...]:
+    """What is wrong on every GPU of this kind: of a GPU, GEMMs ask only which layouts it takes."""
+    hardware = Hardware(capability=layout)
+    return tuple(
+        _unmet_dimensions(PreflightInput(recipe=recipe, hardware=hardware, model=model, parallel=parallel))
+    )
+
+
+def _unmet_dimensions(job: PreflightInput) -> Iterator[Problem]:
+    assert job.model is not None
     told: set[str] = set()
     found = list(_unmet(job, job.model))
     for linear, demand in sorted(found, key=lambda pair: -pair[1].multiple):
@@ -150,6 +172,7 @@ def _divides(model: ModelShape, job: PreflightInput) -> bool:
     "the quantised all-gather falls back to BF16",
     source=engine("pytorch/distributed.py", 1148, "if not quantizer.is_quantizable(inp)"),
     versions="transformer-engine >= 2.3",
+    of_gpu=False,
 )
 def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or job.recipe.name != "blockwise" or not job.parallel.sequence:
@@ -170,6 +193,7 @@ def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
     "info",
     "the vocabulary is padded",
     source=megatron_lm("megatron/training/tokenizer/tokenizer.py", 122, "multiple = args.make_vocab"),
+    of_gpu=False,
 )
 def padded_vocabulary(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None:

@@ -30,6 +30,7 @@ def _enums(version: str, line: int, words: str) -> Citation:
     "error",
     "Transformer Engine is older than an option",
     source="transformer_engine/common/recipe/__init__.py of each release",
+    of_gpu=False,
 )
 def options_exist(job: PreflightInput) -> Iterator[Problem]:
     if job.te_version is None:
@@ -45,7 +46,13 @@ def options_exist(job: PreflightInput) -> Iterator[Problem]:
         )
 
 
-@rule("FP8-VER-002", "error", "Transformer Engine is not installed", source="nemo_fp8_recipes/training")
+@rule(
+    "FP8-VER-002",
+    "error",
+    "Transformer Engine is not installed",
+    source="nemo_fp8_recipes/training",
+    of_gpu=False,
+)
 def engine_installed(job: PreflightInput) -> Iterator[Problem]:
     if job.te_version is None:
         yield Problem(
@@ -66,6 +73,7 @@ def engine_installed(job: PreflightInput) -> Iterator[Problem]:
         _enums("0.13.0", 21, 'blockwise = "blockwise"'),
         _enums("0.15.0", 31, "class Fp4Recipe"),
     ),
+    of_gpu=False,
 )
 def megatron_core_knows(job: PreflightInput) -> Iterator[Problem]:
     version = job.megatron_core_version
@@ -117,6 +125,7 @@ def _within(version: str, releases: tuple[str, str]) -> bool:
     "releases that were not built for each other",
     source="Tried: nemo_toolkit 2.7.3 runs with megatron-core 0.15.3 and not with 0.16.1; megatron-bridge "
     "0.6.2 runs with 0.19.2, 0.3.1 with 0.16.1",
+    of_gpu=False,
 )
 def releases_go_together(job: PreflightInput) -> Iterator[Problem]:
     found = {"NeMo": job.nemo_version, "Megatron-Bridge": job.bridge_version}
@@ -141,6 +150,7 @@ def releases_go_together(job: PreflightInput) -> Iterator[Problem]:
     "NeMo without its LLM collection",
     source="nemo_toolkit 3.0 has no nemo.collections.llm",
     versions="nemo_toolkit >= 3.0",
+    of_gpu=False,
 )
 def llm_collection(job: PreflightInput) -> Iterator[Problem]:
     if job.nemo_version is not None and at_least(job.nemo_version, "3"):
@@ -158,6 +168,7 @@ def llm_collection(job: PreflightInput) -> Iterator[Problem]:
     "warning",
     "a Python that a package does not declare",
     source="Requires-Python of megatron-bridge 0.6.2: >=3.12,<3.13; of this package: >=3.11",
+    of_gpu=False,
 )
 def python_version(job: PreflightInput) -> Iterator[Problem]:
     version = job.python_version
@@ -212,6 +223,7 @@ CHANGES = (
     "info",
     "what a newer Transformer Engine changed",
     source="transformer_engine of the releases named in the message",
+    of_gpu=False,
 )
 def changed_since(job: PreflightInput) -> Iterator[Problem]:
     if job.te_version is None:
@@ -235,6 +247,7 @@ def changed_since(job: PreflightInput) -> Iterator[Problem]:
     source="Requires-Dist of megatron-core 0.16.1: transformer-engine >= 2.9, < 2.12 (its extra `dev`); 2.14 "
     "to 2.20 trained with it on the emulated device",
     versions="megatron-core 0.16",
+    of_gpu=False,
 )
 def undeclared_engine(job: PreflightInput) -> Iterator[Problem]:
     version, found = job.megatron_core_version, job.te_version

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nemo_fp8_recipes import emulation, preflight
 from nemo_fp8_recipes.errors import Fp8Error, InjectionError
 from nemo_fp8_recipes.injection import (
     Injection,
@@ -127,6 +128,7 @@ class Fp8Run:
 
         Raises:
             InjectionError: they do not say what the recipe says, or combine it with something that breaks it.
+            PreflightError: the job would fail for another reason that preflight knows.
         """
         check_config(self.recipe, config)
         if self.schedule.spans:
@@ -150,6 +152,17 @@ class Fp8Run:
                 key="ddp.fp8_param_gather",
                 value=gathered,
                 allowed=[fp8_param],
+            )
+        for recipe in self.schedule.recipes():
+            preflight.require(
+                preflight.check_megatron(
+                    recipe,
+                    config,
+                    ddp=ddp_config,
+                    optimizer=optimizer_config,
+                    emulated=emulation.active() is not None,
+                    scheduled=bool(self.schedule.spans),
+                )
             )
 
     def model_built(

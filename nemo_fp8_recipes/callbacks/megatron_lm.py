@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_fp8_recipes import telemetry
+from nemo_fp8_recipes import emulation, preflight, telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection import check_config
@@ -208,6 +208,10 @@ class Hook:
                 )
             return False
         check_config(self.recipe, args)
+        emulated = emulation.active() is not None
+        preflight.require(
+            preflight.check_megatron(self.recipe, args, ddp=args, optimizer=args, emulated=emulated)
+        )
         return True
 
     def _open_run(self) -> None:

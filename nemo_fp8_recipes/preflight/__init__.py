@@ -5,6 +5,7 @@ Imports neither torch nor Transformer Engine.
 
 from nemo_fp8_recipes.preflight.cost import Cost, cost
 from nemo_fp8_recipes.preflight.finding import SEVERITIES, Finding, Severity, require, worst_first
+from nemo_fp8_recipes.preflight.frameworks import check_megatron
 from nemo_fp8_recipes.preflight.hardware import posing_device, recipes_for, runs_on
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.job import (
@@ -35,6 +36,7 @@ __all__ = [
     "all_rules",
     "check",
     "check_job",
+    "check_megatron",
     "check_on",
     "cost",
     "hardware_here",

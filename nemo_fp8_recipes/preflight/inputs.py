@@ -45,6 +45,8 @@ class PreflightInput:
     """CUDA that torch was built with."""
     environment: Mapping[str, str] = field(default_factory=dict)
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
+    megatron_refusal: str | None = None
+    """What TransformerConfig's own check says about the fields as they are; None: nothing, or not asked."""
     distributed_optimizer: bool | None = None
     """Megatron's use_distributed_optimizer; None: the job's optimizer is not known."""
     telemetry: bool = False

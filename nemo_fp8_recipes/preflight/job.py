@@ -30,7 +30,16 @@ from nemo_fp8_recipes.targets import transformer_engine, versions
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["check", "check_job", "check_on", "hardware_here", "ignoring", "job_input", "named_hardware"]
+__all__ = [
+    "check",
+    "check_job",
+    "check_on",
+    "hardware_here",
+    "ignoring",
+    "installed_versions",
+    "job_input",
+    "named_hardware",
+]
 
 _SHAPE_KEYS = (
     "num_layers",
@@ -188,14 +197,21 @@ def job_input(
 
 def _versions(stated: Mapping[str, str | None]) -> dict[str, Any]:
     """What the configuration states, and for the rest what is installed here."""
-    cuda = stated["cuda"]
+    given: dict[str, Any] = {f"{key}_version": value for key, value in stated.items() if value is not None}
+    if stated["cuda"] is not None:
+        given["cuda_version"] = _two(versions.parse(stated["cuda"]))
+    return installed_versions() | given
+
+
+def installed_versions() -> dict[str, Any]:
+    """The versions of this environment, as `PreflightInput` takes them."""
     return {
-        "te_version": stated["te"] or transformer_engine.installed_version(),
-        "megatron_core_version": stated["megatron_core"] or versions.installed("megatron-core"),
-        "nemo_version": stated["nemo"] or versions.installed("nemo-toolkit"),
-        "bridge_version": stated["bridge"] or versions.installed("megatron-bridge"),
-        "python_version": stated["python"] or ".".join(str(part) for part in sys.version_info[:3]),
-        "cuda_version": _two(versions.parse(cuda)) if cuda else _cuda_version(versions.installed("torch")),
+        "te_version": transformer_engine.installed_version(),
+        "megatron_core_version": versions.installed("megatron-core"),
+        "nemo_version": versions.installed("nemo-toolkit"),
+        "bridge_version": versions.installed("megatron-bridge"),
+        "python_version": ".".join(str(part) for part in sys.version_info[:3]),
+        "cuda_version": _cuda_version(versions.installed("torch")),
     }
 
 

@@ -20,6 +20,12 @@ RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", 
 OFFLOAD_MODULES = ("core_attn", "attn_proj", "expert_fc1", "moe_act", "attn_norm", "mlp_norm", "qkv_linear")
 CUDA_GRAPH_SCOPES = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba")
 
+_CHOICES = {
+    "recompute_modules": RECOMPUTE_MODULES,
+    "offload_modules": OFFLOAD_MODULES,
+    "cuda_graph_scope": CUDA_GRAPH_SCOPES,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronSettings:
@@ -44,12 +50,7 @@ class MegatronSettings:
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "recompute_modules": RECOMPUTE_MODULES,
-            "offload_modules": OFFLOAD_MODULES,
-            "cuda_graph_scope": CUDA_GRAPH_SCOPES,
-        }
-        for key, allowed in choices.items():
+        for key, allowed in _CHOICES.items():
             for word in getattr(self, key):
                 if word not in allowed:
                     close = nearest(word, allowed)
@@ -111,6 +112,13 @@ class MegatronSettings:
         scope = values.get("cuda_graph_scope")
         if isinstance(scope, str):  # "full", or a list with commas, before Megatron's check has split it
             values["cuda_graph_scope"] = () if scope == "full" else tuple(scope.split(","))
+        asked = bool(values.get("offload_modules"))
+        for key, known in _CHOICES.items():
+            # Another release may have names that no rule here asks about.
+            if key in values:
+                values[key] = tuple(word for word in values[key] if word in known)
+        if asked and not values["offload_modules"]:
+            values["fine_grained_activation_offloading"] = False
         return cls(**values)
 
 

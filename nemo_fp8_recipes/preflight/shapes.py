@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nemo_fp8_recipes.preflight.citation import Citation, engine, engine_cpp
-from nemo_fp8_recipes.preflight.hardware import Capability, any_gemm_layout
+from nemo_fp8_recipes.preflight.hardware import BLACKWELL, Capability, any_gemm_layout
 from nemo_fp8_recipes.recipes import Recipe
 
 __all__ = [
@@ -238,6 +238,10 @@ BLOCKWISE_GEMM = engine_cpp(
 )
 MXFP8_QUANTIZER = engine_cpp("pytorch/csrc/quantizer.cpp", 1492, "flat_first_dim % MXFP8_BLOCK_SIZE == 0")
 NVFP4_QUANTIZER = engine_cpp("pytorch/csrc/quantizer.cpp", 1957, "First dim for NVFP4 must be divisible by")
+CUBLAS_FP8 = (
+    "cuBLAS documentation: FP8 matrix multiplication, 16-byte aligned leading dimensions (TE runs block "
+    "scaling as MXFP8 there and has no check of its own)"
+)
 CUBLAS_FP4 = (
     "cuBLAS documentation: block-scaled FP4 matrix multiplication, 16-byte aligned leading dimensions "
     "(TE has no check of its own)"
@@ -268,7 +272,9 @@ def _gemm_demands(recipe: Recipe, capability: Capability | None) -> Iterator[Dem
     if not backward:
         return
     per_tensor = recipe.name in ("delayed", "tensorwise")
-    source = LEADING_DIMENSION if per_tensor else BLOCKWISE_GEMM
+    source: str | Citation = LEADING_DIMENSION if per_tensor else BLOCKWISE_GEMM
+    if not per_tensor and capability is not None and capability >= BLACKWELL:
+        source = CUBLAS_FP8
     yield Demand("output features", 16, "they are the inner dimension of the dgrad GEMM", source)
     if not per_tensor or capability is None or not any_gemm_layout(capability):
         yield Demand("tokens", 16, "they are the inner dimension of the wgrad GEMM", source)

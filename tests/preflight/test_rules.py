@@ -441,6 +441,7 @@ FOUND = [
         job("delayed", parallel=Parallel(cp=2)),
     ),
     ("FP8-AMX-001", job("delayed", options={"tp_only_amax_red": True}), job("delayed")),
+    ("FP8-CFG-001", job(megatron_refusal="fp8_param must be used together with fp8 mode."), job()),
     ("FP8-MIX-002", job("delayed", options={"amax_compute_algo": "my.module:amax"}), job("delayed")),
 ]
 
@@ -535,3 +536,14 @@ def test_every_recipe_of_a_schedule_is_checked():
     assert finding.message.startswith("In recipe_schedule, mxfp8: ")
     composed = config.compose(["fp8_recipe=blockwise", "hardware=auto", spans])
     assert preflight.job_input(composed, {}, emulated=True).hardware.name == "b200"
+
+
+@pytest.mark.parametrize("given", ["nemotron4_340b", "nemotron3_super_120b_a12b"])
+def test_all_gpus_at_once_are_each_gpu_by_itself(given):
+    composed = config.compose([f"model={given}", "parallel=published", "megatron.tp_comm_overlap=true"])
+    base = preflight.job_input(composed, {}, emulated=False)
+    gpus = [preflight.named_hardware(name) for name in config.options("hardware")]
+    for name in (*recipes.names(), *recipes.presets()):
+        one = dataclasses.replace(base, recipe=recipes.load(name))
+        by_gpu = preflight.check_on(one, gpus)
+        assert by_gpu == {gpu.name: preflight.check(dataclasses.replace(one, hardware=gpu)) for gpu in gpus}

@@ -97,8 +97,14 @@ class Problem:
                 f"Unable to find suitable cuBLAS GEMM algorithm (m={self.m}, n={self.n}, k={self.k})",
             )
         elif self.a.scaling in ("block_1d", "block_2d") and sm_arch() < 100:
-            # From Blackwell on these run as MXFP8, which asks for none of this.
             self._require_blockwise(epilogue)
+        elif self.a.scaling in ("block_1d", "block_2d"):
+            # From Blackwell on these run as MXFP8: TE checks nothing, cuBLAS asks for rows of whole 16 bytes.
+            nvte_check(
+                self.k % 16 == 0 and self.m % 8 == 0,
+                CUBLAS,
+                f"Unable to find suitable cuBLAS GEMM algorithm (m={self.m}, n={self.n}, k={self.k})",
+            )
 
     def _require_formats(self) -> None:
         a, b = self.a, self.b

@@ -92,7 +92,7 @@ def recompute_settings(job: PreflightInput) -> Iterator[Problem]:
             value="moe_act",
             fix="Set megatron.moe_grouped_gemm=true, or take moe_act out.",
         )
-    if "mla_up_proj" in megatron.recomputed:
+    if "mla_up_proj" in megatron.recomputed and job.model is not None:
         yield Problem(
             message="mla_up_proj is a part of multi-latent attention, and the model has none.",
             key="megatron.recompute_modules",

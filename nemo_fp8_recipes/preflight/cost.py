@@ -16,6 +16,9 @@ from nemo_fp8_recipes.recipes import OperandPlan, Recipe
 __all__ = ["Cost", "cost", "quantised_bytes"]
 
 BF16, FP32 = 2, 4  # bytes
+# Its input is attention's output, which attention itself saves in BF16: Megatron lets it keep that one
+# (megatron/core/transformer/attention.py: set_save_original_input), except with delayed scaling.
+ATTENTION_OUTPUT = "self_attention.linear_proj"
 _KINDS: dict[str, Literal["*", "-", "M", "E"]] = {
     "self_attention": "*",
     "mlp.linear": "-",
@@ -143,7 +146,10 @@ def _of_one(linear: Linear, recipe: Recipe | None, capability: Capability | None
     elif not recipe.fp8_param:  # type: ignore[attr-defined]  # every recipe has it
         weights += w
     if backward:
+        kept_unquantised = linear.name == ATTENTION_OUTPUT and recipe.name != "delayed"
         saved = quantised_bytes(plans["input"], local, k, columnwise=not one_copy)
+        if kept_unquantised:
+            saved = BF16 * local * k
         qx_back = quantised_bytes(plans["input"], m, k, columnwise=True)
         qdy = quantised_bytes(plans["grad_output"], m, n, columnwise=False)
         qdy_back = quantised_bytes(plans["grad_output"], m, n, columnwise=True)

@@ -10,6 +10,7 @@ from nemo_fp8_recipes.preflight.cost import _of_one
 from nemo_fp8_recipes.preflight.shapes import Linear
 from tests.preflight.test_rules import B200, H100, MODEL
 from tests.support.processes import run_emulated
+from tests.support.stack import Draw, held
 
 M, N, K = 160, 192, 320
 
@@ -41,7 +42,6 @@ CASES = {
         ("blockwise", {}),
         ("blockwise", {"w_block_scaling_dim": 1}),
     ],
-    "b200": [("tensorwise", {}), ("mxfp8", {}), ("mxfp8", {"enable_2d_quantization": True})],
 }
 
 
@@ -100,3 +100,71 @@ def test_ranks_share():
     whole, cut = spent("mxfp8"), spent("mxfp8", parallel=Parallel(tp=2))
     assert cut.quantised_flops * 2 == whole.quantised_flops
     assert spent("bf16", parallel=Parallel(pp=2)).weights * 2 == spent("bf16").weights
+
+
+# A whole model of Megatron-Core: sizes that every recipe takes and that no two dimensions share.
+SMALL = Draw(
+    recipe="bf16",
+    options={},
+    hidden_size=96,
+    ffn_hidden_size=320,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=32,
+    seq_length=64,
+    micro_batch_size=2,
+    gated=True,
+    num_layers=3,
+)
+HELD_BY_A_MODEL = {
+    "b200": [
+        ("bf16", {}),
+        ("delayed", {}),
+        ("tensorwise", {"num_layers_at_start_in_bf16": 1}),
+        ("mxfp8", {}),
+        ("mxfp8", {"enable_2d_quantization": True, "num_layers_at_end_in_bf16": 2}),
+        ("blockwise", {}),
+        ("nvfp4", {}),
+    ],
+    "h100": [
+        ("delayed", {}),
+        ("tensorwise", {}),
+        ("blockwise", {}),
+        ("blockwise", {"w_block_scaling_dim": 1}),
+    ],
+}
+
+
+def stated(job, hardware):
+    model = dataclasses.replace(
+        MODEL,
+        **{
+            field.name: getattr(job, field.name)
+            for field in dataclasses.fields(job)
+            if hasattr(MODEL, field.name)
+        },
+    )
+    found = preflight.cost(recipes.load(job.recipe, **job.options), hardware.capability, model, Parallel())
+    return {"weights": found.weights, "saved_inputs": found.saved_inputs}
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("recipe", "options"), HELD_BY_A_MODEL["b200"])
+def test_bytes_are_those_of_a_model(recipe, options):
+    job = dataclasses.replace(SMALL, recipe=recipe, options=options)
+    assert stated(job, B200) == held(job)
+
+
+def test_bytes_are_those_of_a_model_on_hopper():
+    jobs = [
+        dataclasses.replace(SMALL, recipe=recipe, options=options)
+        for recipe, options in HELD_BY_A_MODEL["h100"]
+    ]
+    found = run_emulated(
+        f"""
+        from tests.support.stack import Draw, held
+        result([held(Draw(**job)) for job in {[job.to_dict() for job in jobs]!r}])
+        """,
+        device="h100",
+    )
+    assert [stated(job, H100) for job in jobs] == found

@@ -9,7 +9,7 @@ import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Draw", "config_outcome", "draw", "draw_settings", "outcome"]
+__all__ = ["Draw", "config_outcome", "draw", "draw_settings", "held", "outcome"]
 
 VOCABULARY = 64
 
@@ -181,17 +181,12 @@ def config_outcome(job: Draw) -> str:
     return ""
 
 
-def outcome(job: Draw) -> str:
-    """Build the model with the recipe injected and run forward and backward once; "" or what failed."""
+def _prepare() -> None:
+    """A process group of one, and nothing left of the model before."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    from nemo_fp8_recipes import recipes
-    from nemo_fp8_recipes.injection import inject
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
@@ -201,20 +196,91 @@ def outcome(job: Draw) -> str:
         parallel_state.initialize_model_parallel()
     FP8GlobalStateManager.reset()
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def _model(job: Draw, recipe: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return GPTModel(
+        config=_config(job, recipe),
+        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
+        vocab_size=VOCABULARY,
+        max_sequence_length=job.seq_length,
+        position_embedding_type="rope",
+    ).bfloat16()
+
+
+def _loss(job: Draw, gpt: Any) -> Any:
+    import torch
+
+    tokens = torch.zeros(job.micro_batch_size, job.seq_length, dtype=torch.long)
+    positions = torch.arange(job.seq_length).expand_as(tokens)
+    return gpt(tokens, positions, None, labels=tokens).float().mean()
+
+
+def held(job: Draw) -> dict[str, int]:
+    """Bytes that the linear layers hold between forward and backward: their weights, as parameters and as the
+    GEMMs read them, and their inputs. Data and scales of TE's own tensors, every storage counted once.
+    """
+    import torch
+    from transformer_engine.pytorch.module import layernorm_linear, linear
+
+    from nemo_fp8_recipes import recipes
+    from nemo_fp8_recipes.injection import inject
+
+    _prepare()
+    recipe = recipes.load(job.recipe, **job.options)
+    found: dict[str, dict[int, int]] = {"weights": {}, "saved_inputs": {}}
+
+    def count(kind: str, tensor: Any) -> None:
+        parts = vars(tensor).values() if hasattr(tensor, "_quantizer") else [tensor]
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                storage = part.untyped_storage()
+                found[kind][storage.data_ptr()] = storage.nbytes()
+
+    def watched(original: Any, index_of_input: int) -> Any:
+        def prepare(*tensors: Any) -> Any:
+            count("saved_inputs", tensors[index_of_input])
+            for weight in tensors[1:3]:
+                if weight is not None:
+                    count("weights", weight)
+            return original(*tensors)
+
+        return prepare
+
+    originals = {module: module.prepare_for_saving for module in (linear, layernorm_linear)}
+    try:
+        # The positions of input, weight as the GEMM reads it, and parameter in what the modules save.
+        linear.prepare_for_saving = watched(originals[linear], 0)
+        layernorm_linear.prepare_for_saving = watched(originals[layernorm_linear], 5)
+        with inject(recipe):
+            gpt = _model(job, recipe)
+            loss = _loss(job, gpt)  # keeps what is saved alive, so that no storage is used twice
+        for name, parameter in gpt.named_parameters():
+            if "linear_" in name and parameter.dim() == 2:
+                count("weights", parameter)
+        del loss
+    finally:
+        for module, original in originals.items():
+            module.prepare_for_saving = original
+        _prepare()
+    return {kind: sum(storages.values()) for kind, storages in found.items()}
+
+
+def outcome(job: Draw) -> str:
+    """Build the model with the recipe injected and run forward and backward once; "" or what failed."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from nemo_fp8_recipes import recipes
+    from nemo_fp8_recipes.injection import inject
+
+    _prepare()
     recipe = recipes.load(job.recipe, **job.options)
     try:
-        config = _config(job, recipe)
         with inject(recipe):
-            gpt = GPTModel(
-                config=config,
-                transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
-                vocab_size=VOCABULARY,
-                max_sequence_length=job.seq_length,
-                position_embedding_type="rope",
-            ).bfloat16()
-            tokens = torch.zeros(job.micro_batch_size, job.seq_length, dtype=torch.long)
-            positions = torch.arange(job.seq_length).expand_as(tokens)
-            gpt(tokens, positions, None, labels=tokens).float().mean().backward()
+            _loss(job, _model(job, recipe)).backward()
     except (ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     finally:

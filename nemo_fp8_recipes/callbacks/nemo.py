@@ -74,6 +74,7 @@ class Fp8RecipeCallback(Callback):
         recipe: the recipe.
         manifest: what every module did in the first step; None before.
         run_dir: the directory in use, once the trainer has started.
+        keeps_metrics: whether metrics.jsonl is written here; False where the job keeps its own.
 
     Raises:
         RecipeError: there is no such recipe, or it cannot take its options.
@@ -101,6 +102,7 @@ class Fp8RecipeCallback(Callback):
         self._history = history
         self._flush_every = flush_every
         self._run: Fp8Run | None = None
+        self.keeps_metrics = True
         self._undo: list[Callable[[], None]] = []
         self._written = False
         _announce_connections()
@@ -212,7 +214,7 @@ class Fp8RecipeCallback(Callback):
         recorder = self._entered().recorder
         if recorder is not None and step:
             recorder.truncate_after(step)  # type: ignore[attr-defined]  # ours is telemetry's own
-        if trainer.is_global_zero and self.run_dir is not None:
+        if trainer.is_global_zero and self.run_dir is not None and self.keeps_metrics:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             MetricsLog(self.run_dir / METRICS_FILE).truncate_after(step)
 
@@ -228,7 +230,8 @@ class Fp8RecipeCallback(Callback):
         """The optimizer has stepped."""
         run = self._entered()
         step = int(trainer.global_step)
-        metrics = self._metrics(trainer) if step == 1 or step % self._log_every == 0 else {}
+        logs = self.keeps_metrics and (step == 1 or step % self._log_every == 0)
+        metrics = self._metrics(trainer) if logs else {}
         run.end_step(step, metrics)
         if not trainer.is_global_zero or self.run_dir is None:
             return

@@ -33,6 +33,10 @@ _TENSORS = {
 """Transformer Engine's keys -> ours, `TransformerEngineBaseModule.get_extra_state` and `fp8_state`."""
 
 
+_PASSED_OVER = ("transformer_engine.", "megatron.core.extensions.")
+"""Where the classes of recipe objects live."""
+
+
 class _Opaque:
     """Stands for an object that is of no use here: a recipe, an enum. Takes whatever state it is given."""
 
@@ -62,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
             return dict
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.startswith("transformer_engine.") or module in ("transformer_engine_torch",):
+        if module.startswith(_PASSED_OVER):
             return _Opaque
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no amax history needs")
 

@@ -71,7 +71,7 @@ def install(name: str = "h100") -> EmulatedDevice:
             hint="Call nemo_fp8_recipes.emulation.install() first, or start the program with "
             "python -m nemo_fp8_recipes.emulation.",
         )
-    from nemo_fp8_recipes.emulation import bridge, distributed, megatron, torch_cuda
+    from nemo_fp8_recipes.emulation import bridge, distributed, megatron, nemo, torch_cuda
     from nemo_fp8_recipes.emulation.te_import import import_transformer_engine
 
     megatron.require_not_imported()
@@ -80,6 +80,7 @@ def install(name: str = "h100") -> EmulatedDevice:
         distributed.apply(_ledger)
         megatron.apply(_ledger)
         bridge.apply(_ledger)
+        nemo.apply(_ledger)
         import_transformer_engine(_ledger, wanted)
     except BaseException:
         _ledger.undo()

@@ -22,7 +22,7 @@ DEFAULT_WARMUP = 10  # steps, where the configuration leaves it open and the job
 def build_optimizer(settings: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
     """Adam over FP32 master weights, distributed over the data-parallel ranks when asked for."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core import optimizer as megatron_optimizer
 
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -40,7 +40,10 @@ def build_optimizer(settings: OptimizerConfig, model: DistributedDataParallel) -
         # The distributed optimizer keeps its own copy of the recipe's name and branches on it.
         fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
-    return get_megatron_optimizer(config, [model], config_overrides=get_standard_config_overrides(config))
+    # Biases and norms take no weight decay: said by overrides since 0.16, Megatron's own default before.
+    overrides = getattr(megatron_optimizer, "get_standard_config_overrides", None)
+    said = {"config_overrides": overrides(config)} if overrides is not None else {}
+    return megatron_optimizer.get_megatron_optimizer(config, [model], **said)
 
 
 def build_scheduler(

@@ -69,6 +69,20 @@ class LoseNode(pl.Callback):
             raise NodeLostError
 
 
+class Data(llm.MockDataModule):
+    """NeMo's mock data, which goes on after a checkpoint where it was, as NeMo's other data modules do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        sampler = self.data_sampler
+        return {
+            "consumed": sampler.compute_consumed_samples(self.trainer.global_step - sampler.init_global_step)
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.data_sampler.init_consumed_samples = state_dict["consumed"]
+        self.data_sampler.prev_consumed_samples = state_dict["consumed"]
+
+
 @dataclass
 class Job:
     """A trainer with everything that `fit` or `llm.train` takes."""
@@ -97,7 +111,7 @@ class Job:
             ),
             tokenizer=Bytes(),
         )
-        self.data = llm.MockDataModule(
+        self.data = Data(
             seq_length=64,
             micro_batch_size=2,
             global_batch_size=4,

@@ -21,8 +21,8 @@ DEFAULT_WARMUP = 10  # steps, where the configuration leaves it open and the job
 
 def build_optimizer(settings: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
     """Adam over FP32 master weights, distributed over the data-parallel ranks when asked for."""
-    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
     config = MegatronOptimizerConfig(
         optimizer="adam",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,8 @@ __all__ = ["derive"]
 _SMALLEST_VARIANCE = 2.0**-20
 """Of the square of the mean: below it the difference of two rounded fp32 means nothing."""
 
+Formula = Callable[..., np.ndarray]
+
 
 def derive(step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
     """The values of a step, fp32; docs/schemas/telemetry.md has the formulas.
@@ -24,69 +28,141 @@ def derive(step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
     two (tensorwise), else an upper bound below twice the amax (`amax_bound`). A tensor of zeros, and one
     whose amax is not finite, has the scale 1 there, and shows fp8_max.
     """
-    read: dict[tuple[str, str, str, str, bool], dict[str, np.float32]] = defaultdict(dict)
-    powers_of_two = set()
     windows = {}
+    specs = []
     for spec, value in found.items():
         if spec.name in STATS and STATS[spec.name].windowed:
             windows[Series(spec.module, spec.tensor, spec.name, spec.recipe, spec.format)] = value
         else:
-            operand = (spec.module, spec.tensor, spec.recipe, spec.format, spec.whatif)
-            read[operand][spec.name] = np.float32(value[0])
-            if spec.power_of_two:
-                powers_of_two.add(operand)
-    series: list[Series] = []
-    values: list[np.float32] = []
-    for operand, numbers in read.items():
+            specs.append(spec)
+    plan = _plan(tuple(specs))
+    read = np.fromiter((found[spec][0] for spec in specs), dtype=np.float32, count=len(specs))
+    with np.errstate(all="ignore"):
+        parts = [
+            np.asarray(group.formula(group.largest, *(read[index] for index in group.arguments)), np.float32)
+            for group in plan.groups
+        ]
+    return StepValues(step, plan.series, np.concatenate([np.zeros(0, np.float32), *parts]), windows)
+
+
+class _Group(NamedTuple):
+    """Values of one formula, computed together.
+
+    Attributes:
+        formula: of the formats' largest magnitudes, fp32 (n,), and the readings, fp32 (n,) each.
+        largest: fp32 (n,).
+        arguments: positions of each reading, int64 (n,).
+    """
+
+    formula: Formula
+    largest: np.ndarray
+    arguments: tuple[np.ndarray, ...]
+
+
+class _Plan(NamedTuple):
+    """What follows from a list of readings: the same in every step that reads the same.
+
+    Attributes:
+        series: names of the values, group by group.
+        groups: how they are computed.
+    """
+
+    series: tuple[Series, ...]
+    groups: tuple[_Group, ...]
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
+    places: dict[tuple[str, str, str, str, bool], dict[str, int]] = defaultdict(dict)
+    powers_of_two = set()
+    for place, spec in enumerate(specs):
+        operand = (spec.module, spec.tensor, spec.recipe, spec.format, spec.whatif)
+        places[operand][spec.name] = place
+        if spec.power_of_two:
+            powers_of_two.add(operand)
+    members: dict[Formula, list[tuple[Series, float, tuple[int, ...]]]] = defaultdict(list)
+    for operand, read in places.items():
         module, tensor, recipe, fmt, whatif = operand
-        largest = np.float32(FP8_MAX.get(fmt, np.nan))
-        with np.errstate(all="ignore"):
-            for stat, number in _statistics(numbers, largest, power_of_two=operand in powers_of_two):
-                name = f"{WHATIF}/{recipe}/{stat}" if whatif else stat
-                series.append(Series(module, tensor, name, recipe, fmt))
-                values.append(np.float32(number))
-    return StepValues(step, tuple(series), np.asarray(values, dtype=np.float32), windows)
+        for stat, formula, names in _statistics(read, power_of_two=operand in powers_of_two):
+            series = Series(module, tensor, f"{WHATIF}/{recipe}/{stat}" if whatif else stat, recipe, fmt)
+            arguments = tuple(read[name] for name in names)
+            members[formula].append((series, FP8_MAX.get(fmt, np.nan), arguments))
+    groups = tuple(
+        _Group(
+            formula,
+            np.asarray([largest for _, largest, _ in those], dtype=np.float32),
+            tuple(np.asarray([arguments for _, _, arguments in those], dtype=np.int64).T),
+        )
+        for formula, those in members.items()
+    )
+    return _Plan(tuple(series for those in members.values() for series, _, _ in those), groups)
 
 
 def _statistics(
-    read: Mapping[str, np.float32], largest: np.float32, *, power_of_two: bool
-) -> Iterator[tuple[str, np.float32 | float]]:
-    """What follows from the readings of one operand. All fp32, but for what is said to be fp64."""
-    for name, value in read.items():
+    read: Mapping[str, int], *, power_of_two: bool
+) -> Iterator[tuple[str, Formula, tuple[str, ...]]]:
+    """Statistics that follow from the readings of one operand: name, formula, and the readings it takes."""
+    for name in read:
         if name in STATS:
-            yield name, value
+            yield name, _as_read, (name,)
     if "scale_inv" in read:
-        yield "scale", np.float32(1) / read["scale_inv"]
-        yield "amax_bound" if power_of_two else "amax", largest * read["scale_inv"]
+        yield "scale", _inverse, ("scale_inv",)
+        yield "amax_bound" if power_of_two else "amax", _times_largest, ("scale_inv",)
     elif "scale_inv_max" in read and "amax" not in read:
-        yield "amax_bound", largest * read["scale_inv_max"]
+        yield "amax_bound", _times_largest, ("scale_inv_max",)
     if "peak" in read:
-        yield "headroom", largest / read["peak"]
-    if "elements" in read:
-        yield from _of_elements(read, largest)
+        yield "headroom", _over_largest, ("peak",)
     if "scale_inv_rms" in read:
-        mean, square = float(read["scale_inv_mean"]), float(read["scale_inv_rms"]) ** 2
-        variance = square - mean * mean
-        yield (
-            "scale_inv_std",
-            np.sqrt(variance)
-            if variance > _SMALLEST_VARIANCE * mean * mean
-            else (0.0 if np.isfinite(mean) else mean),
-        )
+        yield "scale_inv_std", _deviation, ("scale_inv_mean", "scale_inv_rms")
+    if "elements" in read:
+        yield "underflow", _ratio, ("underflows", "elements")
+        yield "saturation", _ratio, ("saturated", "elements")
+        yield "zeros", _ratio, ("zero_elements", "elements")
+        yield "sqnr", _decibels, ("norm", "noise")
+        yield "bulk_error", _ratio, ("bulk_noise", "bulk_norm")
+        if "amax" not in read and "scale_inv" not in read:
+            yield "amax", _as_read, ("largest",)
+        scale_inv = next((name for name in ("scale_inv", "scale_inv_max") if name in read), None)
+        if scale_inv is not None and "amax" not in read:
+            yield "headroom", _headroom, (scale_inv, "largest")
 
 
-def _of_elements(read: Mapping[str, np.float32], largest: np.float32) -> Iterator[tuple[str, float]]:
-    """What follows from `elements.measure`; fp64."""
-    elements = float(read["elements"])
-    counted = (("underflow", "underflows"), ("saturation", "saturated"), ("zeros", "zero_elements"))
-    for stat, count in counted:
-        yield stat, float(read[count]) / elements
-    yield "sqnr", 20.0 * float(np.log10(np.float64(read["norm"]) / np.float64(read["noise"])))
-    yield "bulk_error", float(np.float64(read["bulk_noise"]) / np.float64(read["bulk_norm"]))
-    amax = np.float64(read["largest"])
-    if "scale_inv" in read:
-        yield "headroom", float(np.float64(largest) * read["scale_inv"] / amax)
-    elif "scale_inv_max" in read and "amax" not in read:
-        yield "headroom", float(np.float64(largest) * read["scale_inv_max"] / amax)
-    if not {"amax", "scale_inv"} & set(read):
-        yield "amax", float(amax)
+# In fp32, as on the device.
+
+
+def _as_read(_: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return value
+
+
+def _inverse(_: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.float32(1) / value
+
+
+def _times_largest(largest: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return largest * value
+
+
+def _over_largest(largest: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return largest / value
+
+
+# In fp64.
+
+
+def _ratio(_: np.ndarray, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part.astype(np.float64) / whole
+
+
+def _decibels(_: np.ndarray, norm: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    return 20.0 * np.log10(norm.astype(np.float64) / noise)
+
+
+def _headroom(largest: np.ndarray, scale_inv: np.ndarray, amax: np.ndarray) -> np.ndarray:
+    return largest.astype(np.float64) * scale_inv / amax
+
+
+def _deviation(_: np.ndarray, mean: np.ndarray, rms: np.ndarray) -> np.ndarray:
+    square = np.square(mean.astype(np.float64))
+    variance = np.square(rms.astype(np.float64)) - square
+    deviation = np.where(variance > _SMALLEST_VARIANCE * square, np.sqrt(variance), 0.0)
+    return np.where(np.isfinite(mean), deviation, mean)

@@ -66,11 +66,19 @@ class _Layout:
         specs: everything any rank reads, sorted.
         starts: first place of each spec; place 0 is the flag.
         size: places.
+        minimum: bool (size,), where the smallest value wins.
+        averages: the specs whose ranks are averaged; they have a place for each rank.
+        rooted: bool (averages,), where it is the root of the mean square.
+        average_places: int64 (averages, ranks).
     """
 
     specs: tuple[ReadingSpec, ...]
     starts: dict[ReadingSpec, int]
     size: int
+    minimum: np.ndarray
+    averages: tuple[ReadingSpec, ...]
+    rooted: np.ndarray
+    average_places: np.ndarray
 
     @classmethod
     def of(cls, specs: Sequence[ReadingSpec], world_size: int) -> _Layout:
@@ -82,7 +90,25 @@ class _Layout:
                 place += world_size
             else:
                 place += spec.length * (2 if _ranged(spec) else 1)
-        return cls(ordered, starts, place)
+        minimum = np.zeros(place, dtype=bool)
+        for spec in ordered:
+            if spec.combine == "min":
+                minimum[starts[spec] : starts[spec] + spec.length] = True
+        averages = tuple(spec for spec in ordered if spec.combine in _AVERAGES)
+        rooted = np.asarray([spec.combine == "rms" for spec in averages], dtype=bool)
+        first = np.asarray([starts[spec] for spec in averages], dtype=np.int64)
+        return cls(ordered, starts, place, minimum, averages, rooted, first[:, None] + np.arange(world_size))
+
+    def averaged(self, places: np.ndarray, values: np.ndarray) -> dict[ReadingSpec, np.ndarray]:
+        """The averages over the ranks that have a value, fp64 inside; specs that none has are left out."""
+        here = values[self.average_places].astype(np.float64)
+        present = places[self.average_places] != _ABSENT
+        number = present.sum(axis=1)
+        powers = np.where(self.rooted[:, None], np.square(here), here)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.where(present, powers, 0.0).sum(axis=1) / number
+            mean = np.where(self.rooted, np.sqrt(mean), mean).astype(np.float32)
+        return {spec: mean[index : index + 1] for index, spec in enumerate(self.averages) if number[index]}
 
 
 @dataclass(frozen=True)
@@ -214,24 +240,11 @@ class Exchange:
         layout = self._layouts.get(kind)
         if layout is None or not self._writer:
             return {}
-        minimum = np.zeros(layout.size, dtype=bool)
-        for spec in layout.specs:
-            if spec.combine == "min":
-                start = layout.starts[spec]
-                minimum[start : start + spec.length] = True
+        minimum = layout.minimum
         values = decode(places, minimum)
-        found = {}
-        for spec in layout.specs:
-            start = layout.starts[spec]
-            if spec.combine in _AVERAGES:
-                here = slice(start, start + self._world_size)
-                present = values[here][places[here] != _ABSENT].astype(np.float64)
-                if present.size == 1:
-                    found[spec] = present.astype(np.float32)
-                elif present.size:
-                    mean = present.mean() if spec.combine == "mean" else np.sqrt(np.square(present).mean())
-                    found[spec] = np.asarray([mean], dtype=np.float32)
-            elif places[start] != _ABSENT:
+        found = layout.averaged(places, values)
+        for spec, start in layout.starts.items():
+            if spec.combine not in _AVERAGES and places[start] != _ABSENT:
                 end = start + spec.length
                 found[spec] = values[start:end]
                 if _ranged(spec) and values[end] != values[start]:

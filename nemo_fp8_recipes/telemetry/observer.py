@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Observer"]
 
+_MAX_STRANGERS = 1 << 14
+"""Quantizers of no linear that are remembered as such: mostly the copies that cached weights carry."""
+
 
 class _Known(NamedTuple):
     """An object of Transformer Engine, kept so that its id stays its own, and whose it is."""
@@ -78,6 +81,7 @@ class Observer:
         self._whatif = WhatIf(whatif, indices)
         self._operands: dict[int, _Known] = {}
         self._weights: dict[int, _Known] = {}
+        self._strangers: dict[int, Any] = {}
         self._seen: set[Operand] = set()
         self._measured: set[Operand] = set()
         self._primary_read = False
@@ -105,6 +109,8 @@ class Observer:
         self._elements.begin()
         self._stats = stats
         self._seen, self._measured = set(), set()
+        if len(self._strangers) > _MAX_STRANGERS:
+            self._strangers = {}
         self._primary_read = False
         self._know_quantizers()
         self._seam.open()
@@ -202,10 +208,15 @@ class Observer:
             known = table.get(id(key))
             if known is not None and known.kept is key:
                 return known
+        if self._strangers.get(id(quantizer)) is quantizer:
+            return None
         # Quantizers appear in a module's first forward, and change with the recipe.
         self._know_quantizers()
         known = self._operands.get(id(quantizer))
-        return known if known is not None and known.kept is quantizer else None
+        if known is not None and known.kept is quantizer:
+            return known
+        self._strangers[id(quantizer)] = quantizer
+        return None
 
     def _know_quantizers(self) -> None:
         self._operands = {
@@ -214,11 +225,13 @@ class Observer:
             for tensor, quantizer in linear.quantizers()
         }
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
-        self._weights = {
-            id(weight): _Known(weight, linear, Operand(linear.path, "weight"))
-            for linear in self._linears
-            if not linear.primary and (weight := linear.weight()) is not None
-        }
+        self._weights = {}
+        if self._stats or self._whatif.chosen:
+            self._weights = {
+                id(weight): _Known(weight, linear, Operand(linear.path, "weight"))
+                for linear in self._linears
+                if not linear.primary and (weight := linear.weight()) is not None
+            }
 
     def _unobserved(self) -> Reading | None:
         """Operands of quantised modules of which nothing was seen in the step: what a replayed CUDA graph

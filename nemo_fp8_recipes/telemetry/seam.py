@@ -58,6 +58,7 @@ class BindingSeam:
         self._python = dict(python)
         self._undo: list[tuple[Any, str, Any]] = []
         self._open = False
+        self._found: tuple[Any, list[tuple[Any, str]]] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -76,18 +77,31 @@ class BindingSeam:
             original = vars(binding).get(name)
             if original is not None:
                 replacements[id(original)] = (original, self._guarded(original, wrapper))
-        # `from transformer_engine_torch import *` in cpp_extensions, and the like, made names of their own.
-        for module_name, module in list(sys.modules.items()):
-            if module is None or not module_name.startswith("transformer_engine"):
-                continue
-            for attribute, value in list(vars(module).items()):
-                found = replacements.get(id(value))
-                if found is not None and found[0] is value:
-                    self._set(module, attribute, found[1])
+        for module, attribute in self._places(replacements):
+            original, replacement = replacements.get(id(vars(module).get(attribute)), (None, None))
+            if original is not None and vars(module)[attribute] is original:
+                self._set(module, attribute, replacement)
         for name, wrapper in self._python.items():
             original = vars(quantization).get(name)
             if original is not None:
                 self._set(quantization, name, self._guarded(original, wrapper))
+
+    def _places(self, originals: Mapping[int, Any]) -> list[tuple[Any, str]]:
+        """Names that are bound to one of the functions: `from transformer_engine_torch import *` in
+        cpp_extensions, and the like, made names of their own. Looked for once, and again when modules were
+        imported or functions of the binding replaced.
+        """
+        state = (len(sys.modules), frozenset(originals))
+        if self._found is None or self._found[0] != state:
+            places = [
+                (module, attribute)
+                for name, module in list(sys.modules.items())
+                if module is not None and name.startswith("transformer_engine")
+                for attribute, value in list(vars(module).items())
+                if id(value) in originals
+            ]
+            self._found = (state, places)
+        return self._found[1]
 
     def close(self) -> None:
         """Put every original back."""

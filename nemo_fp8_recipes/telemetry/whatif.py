@@ -58,7 +58,7 @@ class WhatIf:
     """
 
     def __init__(self, chosen: Sequence[str], indices: IndexCache) -> None:
-        self._chosen = tuple(chosen)
+        self.chosen = tuple(chosen)
         self._sums = ElementSums(indices)
         self._matches: dict[Operand, bool] = {}
         self._delayed: dict[Operand, _Delayed] = {}
@@ -69,7 +69,7 @@ class WhatIf:
         found = self._matches.get(operand)
         if found is None:
             name = f"{operand.module}/{operand.tensor}"
-            found = self._matches[operand] = any(fnmatchcase(name, glob) for glob in self._chosen)
+            found = self._matches[operand] = any(fnmatchcase(name, glob) for glob in self.chosen)
         return found
 
     def quantised(self, operand: Operand, recipe: str, source: Tensor, *, judge: bool) -> None:

@@ -12,7 +12,19 @@ __all__ = ["Launches"]
 class Launches(TorchDispatchMode):
     """Counts operations that a GPU would launch a kernel or a copy for: everything but views."""
 
-    VIEWS = ("view", "reshape", "detach", "slice", "select", "alias", "unsqueeze", "expand", "t", "transpose")
+    VIEWS = (
+        "device",
+        "view",
+        "reshape",
+        "detach",
+        "slice",
+        "select",
+        "alias",
+        "unsqueeze",
+        "expand",
+        "t",
+        "transpose",
+    )
 
     def __init__(self) -> None:
         super().__init__()

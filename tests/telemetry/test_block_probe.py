@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.telemetry.linears import Operand
-from nemo_fp8_recipes.telemetry.probes import BlockProbe, Reading
+from nemo_fp8_recipes.telemetry.probes import BlockProbe, Reading, scale_codes
 from nemo_fp8_recipes.telemetry.probes import blocks as blocks_module
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -196,6 +196,12 @@ def test_reducing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     chunked = run()
     assert chunked.specs == whole.specs
     torch.testing.assert_close(chunked.values, whole.values, rtol=1e-6, atol=0)
+
+
+def test_copies_of_the_histogram_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_codes, "_REPLICAS", {"cpu": 32})
+    test_mxfp8_statistics_leave_the_padding_out(129, 160)
+    test_micro_batches_are_combined()
 
 
 def test_large_padded_scales_are_sliced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ __all__ = ["CODES", "E4M3_SCALES", "E8M0_SCALES", "FP32_SCALES", "PERCENTILES", 
 CODES = 256
 PERCENTILES = (1, 50, 99)
 
-_REPLICAS = 32
+_REPLICAS = {"cpu": 1}
+_REPLICAS_ELSEWHERE = 32
 """Copies of the histogram on a GPU: neighbouring threads, whose scales are alike, add to different ones."""
 
 
@@ -111,7 +112,7 @@ def histogram(
         int64 (size, 256).
     """
     device = codes.device
-    replicas = _REPLICAS if device.type == "cuda" else 1
+    replicas = _REPLICAS.get(device.type, _REPLICAS_ELSEWHERE)
     slot = torch.repeat_interleave(
         indices.on(device, slots), indices.on(device, segments), output_size=codes.numel()
     )

@@ -1,0 +1,187 @@
+"""What telemetry adds to the emulated training step of the default model, beside nvdlfw-inspect.
+
+    python benchmarks/telemetry_overhead.py [--rounds 5] [--cycles 8] [--recipe mxfp8] [-- overrides]
+
+Each run is the job itself, `nemo-fp8 train`, in a process of its own, on one thread and in CPU time, which
+other programs disturb less than the clock on the wall. Within a run, steps without telemetry, with the cheap
+tier and with the stats tier take turns; a tier's time is the median of its steps. Handing a step's values to
+the sinks is counted to that step, and so is what the TensorBoard package does with them on a thread of its
+own (in Python, it takes about a third of the cheap tier): `-- telemetry.sinks=[parquet]` leaves it out.
+Beside it stands the CPU time inside the recorder's own calls, which is less noisy than a difference of steps
+and leaves out only what happens within the step.
+
+In a run of its own, nvdlfw-inspect (`pip install nvdlfw-inspect`) logs Transformer Engine's
+LogFp8TensorStats for the same operands in every step: underflows%, scale_inv_min, scale_inv_max and mse.
+What it adds is compared with what the stats tier adds, whose statistics include those.
+
+Emulated kernels are slow, and so is a step: shares of it say little about a GPU, where launches and waiting
+count. Those are what tests/telemetry asserts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+TIERS = ("none", "cheap", "none", "stats")
+WARM_UP = 4
+RESULT = "@@measured "
+FEATURES = """
+telemetry_overhead:
+  enabled: true
+  layers: {layer_name_regex_pattern: .*}
+  transformer_engine:
+    LogFp8TensorStats:
+      enabled: true
+      tensors: [activation, gradient, weight]
+      stats: ["underflows%", scale_inv_min, scale_inv_max, mse]
+      freq: 1
+"""
+
+
+def worker(contender: str, arguments: list[str]) -> int:
+    """Run `nemo-fp8 train` here and print what its steps cost."""
+    from nemo_fp8_recipes import cli
+    from nemo_fp8_recipes.training import job
+
+    start = job.start
+    seconds: dict[str, list[float]] = defaultdict(list)
+    inside: dict[str, list[float]] = defaultdict(list)
+
+    def started(config):  # what is measured begins where the stack is in place
+        begun = start(config)
+        from nemo_fp8_recipes.telemetry.recorder import Recorder
+        from nemo_fp8_recipes.training.trainer import Trainer
+
+        end_of_step = _inspect() if contender == "inspect" else None
+        step = Trainer._step
+        spent = [0.0]
+
+        def tier(number: int) -> str:
+            return TIERS[number % len(TIERS)] if contender == "telemetry" else "none"
+
+        def timed(method):
+            def call(*positional, **named):
+                begin = time.process_time()
+                try:
+                    return method(*positional, **named)
+                finally:
+                    spent[0] += time.process_time() - begin
+
+            return call
+
+        Recorder.logs = lambda _, number: tier(number) != "none"
+        Recorder.reads_tensors = lambda _, number: tier(number) == "stats"
+        begin_step, end_step, deliver = Recorder.begin_step, Recorder.end_step, Recorder._deliver
+        Recorder.begin_step, Recorder.end_step = timed(begin_step), timed(end_step)
+
+        def measured_step(self, position, *positional, **named):
+            number = position.step + 1
+            spent[0] = 0.0
+            begin = time.process_time()
+            done = step(self, position, *positional, **named)
+            if self.fp8_run.recorder is not None:
+                timed(deliver)(self.fp8_run.recorder)
+            if end_of_step is not None:
+                end_of_step()
+            if number > WARM_UP:
+                name = "inspect" if contender == "inspect" else tier(number)
+                seconds[name].append(time.process_time() - begin)
+                inside[name].append(spent[0])
+            return done
+
+        Trainer._step = measured_step
+        return begun
+
+    job.start = started
+    status = cli.main(["train", *arguments])
+    if status == 0:
+        result = {name: statistics.median(values) for name, values in seconds.items()}
+        direct = {name: statistics.fmean(values) for name, values in inside.items()}
+        print(RESULT + json.dumps({"step": result, "inside": direct}))
+    return status
+
+
+def _inspect():
+    """Start nvdlfw-inspect with Transformer Engine's features; what to call after each step."""
+    import nvdlfw_inspect.api as inspect
+    import transformer_engine
+
+    directory = Path(tempfile.mkdtemp())
+    (directory / "features.yaml").write_text(FEATURES)
+    inspect.initialize(
+        config_file=str(directory / "features.yaml"),
+        feature_dirs=[str(Path(transformer_engine.__file__).parent / "debug" / "features")],
+        log_dir=str(directory),
+        default_logging_enabled=True,
+    )
+    return inspect.step
+
+
+def run(contender: str, recipe: str, steps: int, overrides: list[str]) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, __file__, "--worker", contender]
+        command += [f"fp8_recipe={recipe}", f"training.steps={steps}", "training.eval_batches=0"]
+        command += [f"telemetry.enabled={contender == 'telemetry'}", f"run_dir={directory}/run", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": directory}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    measured: dict[str, dict[str, float]] = json.loads(line.removeprefix(RESULT))
+    return measured
+
+
+def shown(values: list[float], *, scale: float = 1.0, unit: str = "") -> str:
+    numbers = (min(values), statistics.median(values), max(values))
+    return " / ".join(f"{number * scale:.2f}{unit}" for number in numbers)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(sys.argv[2], sys.argv[3:])
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", default="mxfp8")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cycles", type=int, default=8, help="of four steps: none, cheap, none, stats")
+    parser.add_argument("--inspect-steps", type=int, default=8, help="of nvdlfw-inspect; 0: leave it out")
+    options = parser.parse_args(sys.argv[1:split])
+    overrides = sys.argv[split + 1 :]
+    own, peer = [], []
+    for number in range(options.rounds):
+        own.append(run("telemetry", options.recipe, WARM_UP + len(TIERS) * options.cycles, overrides))
+        if options.inspect_steps:
+            peer.append(run("inspect", options.recipe, WARM_UP + options.inspect_steps, overrides))
+        print(f"round {number + 1}/{options.rounds} done", file=sys.stderr)
+    base = [measured["step"]["none"] for measured in own]
+    print(f"{options.recipe}: minimum / median / maximum of {options.rounds} runs, one thread, CPU time")
+    print(f"step without telemetry           {shown(base, scale=1e3, unit=' ms')}")
+    for name, interval in (("cheap", 1), ("stats", 100)):
+        added = [measured["step"][name] - measured["step"]["none"] for measured in own]
+        inside = [measured["inside"][name] for measured in own]
+        share = [part / whole / interval for part, whole in zip(added, base, strict=True)]
+        inner = [part / whole / interval for part, whole in zip(inside, base, strict=True)]
+        print(f"{name} tier adds                  {shown(added, scale=1e3, unit=' ms')}")
+        print(f"  of a step, every {interval:3} steps      {shown(share, scale=100, unit=' %')}")
+        print(f"  inside the recorder            {shown(inside, scale=1e3, unit=' ms')}")
+        print(f"    of a step                    {shown(inner, scale=100, unit=' %')}")
+    if peer:
+        added = [theirs["step"]["inspect"] - whole for theirs, whole in zip(peer, base, strict=True)]
+        ours = [measured["step"]["stats"] - measured["step"]["none"] for measured in own]
+        ratio = [mine / its for mine, its in zip(ours, added, strict=True)]
+        print(f"nvdlfw-inspect adds              {shown(added, scale=1e3, unit=' ms')}")
+        print(f"  stats tier / nvdlfw-inspect    {shown(ratio)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,6 +69,12 @@ class Cluster:
                 raise TimeoutError(f"job {job_id} is {job['JobState']} ({job.get('Reason')}), not {states}")
             time.sleep(0.5)
 
+    def start_again(self, job_id: str) -> None:
+        """Start a requeued job without the two minutes that SLURM waits. Not at once: in the second in which
+        it ended, slurmd takes the new start for the one that it has just ended, and SLURM fails the job."""
+        time.sleep(3)
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
 
 def _free_port() -> int:
     with socket.socket() as listener:

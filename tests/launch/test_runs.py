@@ -141,7 +141,8 @@ def test_it_imports_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys; from nemo_fp8_recipes.cli import main; "
         "assert main(['runs']) == 0 and main(['launch', 'launcher=slurm', 'launcher.nproc_per_node=1',"
-        "'device=emulated', '--dry-run']) == 0; assert 'torch' not in sys.modules"
+        "'device=emulated', '--dry-run']) == 0; import nemo_fp8_recipes.commands.data; "
+        "assert not {'torch', 'submitit', 'tokenizers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -172,7 +172,7 @@ def test_a_job_whose_time_is_nearly_up_saves_requeues_and_ends_with_the_same_los
     state = runs(run_dir)
     assert (state["state"], state["checkpoint_step"]) == ("queued", saved)
     assert record(run_dir)["status"] == "interrupted"
-    cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")  # SLURM would wait two minutes
+    cluster.start_again(job_id)
     job = cluster.wait(job_id, "COMPLETED", "FAILED", seconds=200)
     assert job["JobState"] == "COMPLETED", output(run_dir)
     assert job["Restarts"] == "1"
@@ -205,7 +205,7 @@ def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(
     assert runs(run_dir)["state"] == "running"
     cluster.wait(job_id, "PENDING", seconds=120)
     assert (run_dir / "saved").exists()
-    cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+    cluster.start_again(job_id)
     job = cluster.wait(job_id, "COMPLETED", "FAILED", "TIMEOUT", seconds=120)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(run_dir)
     assert runs(run_dir)["state"] == "finished"

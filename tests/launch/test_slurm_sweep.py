@@ -47,7 +47,7 @@ def test_an_array_of_three_recipes_one_of_which_is_requeued_before_its_time_limi
         saved = max(losses(first))
         assert 3 <= saved < STEPS_OF_LONG
         assert runs(first)["state"] == "queued"
-        cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        cluster.start_again(job_id)
         assert process.wait(300) == 0, (in_tmp / "said").read_text()
     finally:
         if process.poll() is None:

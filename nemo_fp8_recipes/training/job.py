@@ -61,6 +61,7 @@ def check(config: DictConfig) -> tuple[Settings, frameworks.Framework]:
     """
     settings = read_settings(config)
     framework = frameworks.find(settings.framework)
+    framework.require_one_recipe(settings)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(settings.model, settings.training, settings.parallel, processes)
     check_primary_weights(settings.recipe)

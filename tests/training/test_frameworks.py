@@ -98,3 +98,18 @@ def test_a_framework_without_its_module_is_an_error_of_ours(monkeypatch: pytest.
     )
     with pytest.raises(ConfigError, match=r"no nemo_fp8_recipes\.training\.frameworks\.other"):
         absent.load()
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("recipe_schedule", "{recipe: bf16, to_step: 2}"),
+        ("recipe_modules", "{modules: '*fc2', recipe: bf16}"),
+    ],
+)
+def test_recipes_that_change_are_refused_where_the_trainer_cannot_follow(key: str, entry: str) -> None:
+    settings = read_settings(compose([f"{key}=[{entry}]"]))
+    FRAMEWORKS["megatron_core"].require_one_recipe(settings)
+    FRAMEWORKS["bridge"].require_one_recipe(read_settings(compose()))
+    with pytest.raises(ConfigError, match=f"framework=bridge trains everything .* and {key} names others"):
+        FRAMEWORKS["bridge"].require_one_recipe(settings)

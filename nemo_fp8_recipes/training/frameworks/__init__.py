@@ -38,6 +38,7 @@ class Framework:
         package: the import path that has to exist; found on disk, never imported here.
         distribution: what provides it, and whose version belongs into the run's record.
         install: what to install, at which versions.
+        changes_recipes: its session follows `recipe_schedule` and `recipe_modules`.
         without_package: why a release of the distribution may lack `package`, and what to do then.
     """
 
@@ -47,6 +48,7 @@ class Framework:
     package: str
     distribution: str
     install: str
+    changes_recipes: bool = False
     without_package: str = ""
 
     def require_installed(self) -> None:
@@ -69,6 +71,20 @@ class Framework:
             value=self.name,
             hint=self.install,
         )
+
+    def require_one_recipe(self, settings: Settings) -> None:
+        """Raise `ConfigError` where the job changes its recipe over steps or modules and this framework's
+        session cannot follow.
+        """
+        changing = {"recipe_schedule": settings.schedule.spans, "recipe_modules": settings.modules}
+        key = next((key for key, value in changing.items() if value), None)
+        if key is not None and not self.changes_recipes:
+            raise ConfigError(
+                f"framework={self.name} trains everything with one recipe, and {key} names others.",
+                key=key,
+                allowed=[[]],
+                hint=f"Leave {key} out, or use framework=megatron_core.",
+            )
 
     def load(self) -> Callable[[Settings, Invocation], int]:
         """`run_session` of this framework. Call it once the device is in place: it imports torch.
@@ -99,6 +115,7 @@ FRAMEWORKS: dict[str, Framework] = {
             session="nemo_fp8_recipes.training.session",
             package="megatron.core",
             distribution="megatron-core",
+            changes_recipes=True,
             install="Install megatron-core 0.15 or 0.16; without a GPU: pip install 'nemo-fp8-recipes[cpu]'.",
         ),
         Framework(

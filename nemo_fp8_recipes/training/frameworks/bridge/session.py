@@ -20,7 +20,7 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
 from nemo_fp8_recipes.callbacks.bridge import Fp8Callback, active
-from nemo_fp8_recipes.errors import CheckpointError, ConfigError, Fp8Error
+from nemo_fp8_recipes.errors import CheckpointError, Fp8Error
 from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.checkpoint.directory import require_same_job
@@ -49,14 +49,6 @@ LOG_FILE = "bridge.log"
 
 def run_session(settings: Settings, invocation: Invocation) -> int:
     """Train; returns the exit status: 0, or 128 + the signal that stopped the job."""
-    if settings.schedule.spans:
-        raise ConfigError(
-            f"framework=bridge trains with one recipe, and the configuration says {settings.schedule}.",
-            key="framework",
-            value="bridge",
-            allowed=["megatron_core"],
-            hint="Take the schedule out, or train with framework=megatron_core.",
-        )
     timeout = settings.training.distributed_timeout_minutes
     with rendezvous(on_gpu=not invocation.emulated, timeout_minutes=timeout) as device, ExitStack() as stack:
         return _Session(settings, invocation, device).run(stack)

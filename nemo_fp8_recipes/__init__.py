@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes import emulation, telemetry
     from nemo_fp8_recipes.injection import autocast, inject, manifest
     from nemo_fp8_recipes.recipes import Recipe, load
-    from nemo_fp8_recipes.start import start
+    from nemo_fp8_recipes.startup import start
 
 _HOME = {
     "Recipe": "recipes",
@@ -22,7 +22,7 @@ _HOME = {
     "inject": "injection",
     "autocast": "injection",
     "manifest": "injection",
-    "start": "start",
+    "start": "startup",
     "emulation": None,
     "telemetry": None,
 }

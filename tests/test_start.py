@@ -8,7 +8,7 @@ from nemo_fp8_recipes import emulation, preflight, recipes
 from nemo_fp8_recipes.config import compose
 from nemo_fp8_recipes.emulation import NativeDevice
 from nemo_fp8_recipes.errors import ConfigError, EmulationError, PreflightError
-from nemo_fp8_recipes.start import start
+from nemo_fp8_recipes.startup import start
 
 
 @pytest.fixture
@@ -87,3 +87,17 @@ def test_a_recipe_alone_is_checked_against_the_gpu_found(h100: NativeDevice) -> 
 def test_a_configuration_names_the_device_itself() -> None:
     with pytest.raises(ConfigError, match="device=emulated"):
         start(compose(["fp8_recipe=delayed"]), device="emulated")
+
+
+def test_no_submodule_hides_a_public_name() -> None:
+    """`fp8.start` stays the function after its module was imported, by us or by anybody."""
+    import importlib
+    import pkgutil
+
+    import nemo_fp8_recipes as fp8
+
+    submodules = {module.name for module in pkgutil.iter_modules(fp8.__path__)}
+    modules = {"emulation", "telemetry"}
+    assert submodules & set(fp8.__all__) == modules
+    importlib.import_module("nemo_fp8_recipes.training.job")
+    assert fp8.start is start

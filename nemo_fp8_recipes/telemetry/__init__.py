@@ -25,9 +25,9 @@ __all__ = ["attach"]
 
 def attach(
     model: nn.Module | Sequence[nn.Module],
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     *,
-    directory: str | Path,
+    directory: str | Path | None = None,
     log_every: int = 10,
     sinks: Iterable[Any] = ("parquet", "tensorboard"),
     more_sinks: Iterable[Sink] = (),
@@ -45,8 +45,9 @@ def attach(
 
     Args:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
-        recipe: the recipe of the run; bf16 observes nothing, and only training metrics are logged.
-        directory: the run directory.
+        recipe: the recipe of the run; bf16 observes nothing, and only training metrics are logged. None: the
+            rows alone say by which recipe a tensor was quantised.
+        directory: the run directory; None: a new one, `runs/<recipe>-<time>`, see `Recorder.directory`.
         log_every: optimizer steps between two logging steps; step 1 is always one.
         sinks: any of "parquet", "tensorboard", "jsonl", "wandb", "megatron", and objects: a
             `sinks.base.Sink`, a Lightning logger, a SummaryWriter, a W&B run; see docs/telemetry.md.
@@ -78,6 +79,7 @@ def attach(
     from nemo_fp8_recipes.telemetry.recorder import Recorder
     from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
     from nemo_fp8_recipes.telemetry.sinks import build
+    from nemo_fp8_recipes.training.run_directory import RunDirectory
 
     given = list(sinks)
     config = TelemetryConfig(
@@ -94,16 +96,21 @@ def attach(
         is_writer = not distributed or dist.get_rank(group) == 0
     if device is None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    said: dict[str, Any] = {} if recipe is None else recipe.to_dict()
+    path = Path(directory) if directory is not None else None
+    if path is None and is_writer:
+        path = RunDirectory.fresh_directory("te" if recipe is None else recipe.name)
     metadata = {
-        "recipe": recipe.to_dict(),
+        "recipe": said,
         "device": device,
         "world_size": dist.get_world_size(group) if distributed else 1,
         "rank": dist.get_rank(group) if distributed else 0,
         "version": __version__,
     }
-    all_sinks = [*(build(given, Path(directory), metadata) if is_writer else ()), *more_sinks]
-    return Recorder(
-        model if recipe.precision != "bf16" else None,
+    written = build(given, path, metadata) if is_writer and path is not None else []
+    all_sinks = [*written, *more_sinks]
+    recorder = Recorder(
+        model if recipe is None or recipe.precision != "bf16" else None,
         Exchange(group, writer=is_writer or bool(all_sinks)),
         all_sinks,
         log_every=config.log_every,
@@ -111,6 +118,8 @@ def attach(
         history=config.history,
         stats_every=config.stats_every,
         whatif=config.whatif,
-        watch=Watch(alerts, amax_reduced=reduces_amax(recipe.to_dict())) if is_writer else None,
+        watch=Watch(alerts, amax_reduced=reduces_amax(said)) if is_writer else None,
         on_alert=on_alert if alerts.enabled else None,
     )
+    recorder.directory = path
+    return recorder

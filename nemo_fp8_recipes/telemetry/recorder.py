@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,8 @@ class Recorder:
         watch: Watch | None = None,
         on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
     ) -> None:
+        self.directory: Path | None = None
+        """The run directory that is written; None on a rank that writes none."""
         self._watch = watch
         self._on_alert = on_alert
         self._observer = Observer(model, history=history, whatif=whatif) if model is not None else None

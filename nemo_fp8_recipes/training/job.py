@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
-from nemo_fp8_recipes.start import start
+from nemo_fp8_recipes.startup import start
 from nemo_fp8_recipes.training import frameworks
 from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout

@@ -93,7 +93,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: `path` holds something already, is in use, or cannot be written.
         """
-        directory = Path(path) if path is not None else cls._fresh_name(recipe)
+        directory = Path(path) if path is not None else cls.fresh_directory(recipe)
         if path is not None and directory.exists() and not directory.is_dir():
             raise RunDirectoryError(
                 f"{directory} is a file, not a directory.", key="run_dir", value=str(path)
@@ -124,7 +124,8 @@ class RunDirectory:
         return run
 
     @staticmethod
-    def _fresh_name(recipe: str) -> Path:
+    def fresh_directory(recipe: str) -> Path:
+        """A new, empty `runs/<recipe>-<time>`."""
         base = DEFAULT_PARENT / f"{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         for number in range(1000):
             candidate = base if number == 0 else base.with_name(f"{base.name}-{number}")

@@ -25,7 +25,7 @@ Print what a recipe composes to: its options, the Transformer Engine object with
 fields of Megatron-Core's TransformerConfig, and what happens to each operand. It is a plan: what the layers
 of a run really do is in its manifest. Needs no GPU and does not import torch.
 
-  --json   one JSON object: {"recipe", "te", "megatron", "operands"}
+  --json   one JSON object: {"recipe", "te", "megatron", "operands"}; te.options is null without TE
 
 examples:
   nemo-fp8 show fp8_recipe=mxfp8
@@ -73,7 +73,7 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
         "te": {
             "class": recipe.te_class,
             "version": transformer_engine.installed_version(),
-            "options": _te(recipe),
+            "options": _te(recipe) if transformer_engine.can_preview() else None,
         },
         "megatron": recipe.megatron(),
         "operands": {name: dataclasses.asdict(plan) for name, plan in recipe.operands().items()},
@@ -115,6 +115,14 @@ def _show_te(console: Console, recipe: Recipe) -> None:
     version = transformer_engine.installed_version()
     if recipe.te_class is None:
         _heading(console, "Transformer Engine: no recipe, autocast is off")
+        return
+    if not transformer_engine.can_preview():
+        _heading(console, f"Transformer Engine: {recipe.te_class}")
+        console.print(
+            "Not installed here, so the values it would take cannot be shown: pip install "
+            "transformer-engine, or work in a container that has it.",
+            soft_wrap=True,
+        )
         return
     _heading(console, f"Transformer Engine {version or ''}: {recipe.te_class}".replace("  ", " "))
     console.print(_fields(_te(recipe)))

@@ -58,7 +58,14 @@ def install(name: str = "h100") -> EmulatedDevice:
     # Idle OpenMP threads spin by default. The step is made of short operations, so on a machine that other
     # programs use too, spinning made it more than ten times slower. Read when torch loads its OpenMP.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise EmulationError(
+            f"The emulated device needs PyTorch, which cannot be imported: {error}.",
+            hint="pip install 'nemo-fp8-recipes[cpu]' brings the emulated stack: torch 2.6 or later, "
+            "megatron-core 0.15 or 0.16, transformer-engine 2.20.",
+        ) from error
 
     if torch.cuda.is_available():
         raise EmulationError(

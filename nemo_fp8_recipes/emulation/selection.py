@@ -174,7 +174,15 @@ def _cuda_works() -> bool:
     """
     if not nvidia_device_files():
         return False
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise EmulationError(
+            f"This machine has an NVIDIA device, and PyTorch cannot be imported: {error}.",
+            key="device",
+            hint="Install a CUDA build of PyTorch (2.6 or later), Megatron-Core 0.15 or 0.16 and Transformer "
+            "Engine, or work in a container that has them.",
+        ) from error
 
     from nemo_fp8_recipes.emulation.installation import active
 

@@ -20,6 +20,7 @@ from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection.config_check import check_config, compare_kind
 from nemo_fp8_recipes.injection.state import inside_autocast
 from nemo_fp8_recipes.injection.te_object import megatron_te_object
+from nemo_fp8_recipes.targets.transformer_engine import CANNOT_BE_IMPORTED, first_line
 
 if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
@@ -157,10 +158,11 @@ def _seams() -> tuple[tuple[ModuleType, str], ...]:
     """The functions to replace: (module, name), checked to be what this Megatron-Core calls."""
     try:
         from megatron.core import fp8_utils
-    except ImportError as error:
+    except CANNOT_BE_IMPORTED as error:
         raise InjectionError(
-            f"inject() needs Megatron-Core, which cannot be imported: {error}.",
-            hint="For plain Transformer Engine modules use autocast(recipe).",
+            f"inject() needs Megatron-Core, which cannot be imported: {first_line(error)}.",
+            hint="Install megatron-core 0.15 or 0.16. For plain Transformer Engine modules use "
+            "autocast(recipe).",
         ) from error
     if not fp8_utils.HAVE_TE:
         raise InjectionError(

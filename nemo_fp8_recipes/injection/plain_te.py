@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.targets.transformer_engine import CANNOT_BE_IMPORTED, first_line
 
 if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
@@ -28,10 +29,11 @@ def autocast(recipe: Recipe, group: Any = None) -> AbstractContextManager[Any]:
     """
     try:
         import transformer_engine.pytorch as te
-    except ImportError as error:
+    except CANNOT_BE_IMPORTED as error:
         raise InjectionError(
-            f"autocast() needs Transformer Engine, which cannot be imported: {error}.",
-            hint="On a machine with no GPU call nemo_fp8_recipes.emulation.install() first.",
+            f"autocast() needs Transformer Engine, which cannot be imported: {first_line(error)}.",
+            hint="Install Transformer Engine 2.0 or later; on a machine with no GPU call "
+            "nemo_fp8_recipes.emulation.install() first.",
         ) from error
     enabled = recipe.precision != "bf16"
     te_object = recipe.te() if enabled else None

@@ -26,9 +26,21 @@ from nemo_fp8_recipes.recipes.options import MMParams, QParams
 from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 from nemo_fp8_recipes.targets import versions
 
-__all__ = ["PACKAGE", "build", "installed_version", "newer_options", "preview"]
+__all__ = [
+    "CANNOT_BE_IMPORTED",
+    "PACKAGE",
+    "build",
+    "can_preview",
+    "first_line",
+    "installed_version",
+    "newer_options",
+    "preview",
+]
 
 PACKAGE = "transformer-engine"
+CANNOT_BE_IMPORTED = (ImportError, OSError, RuntimeError, AssertionError)
+"""What importing Transformer Engine, or what imports it, raises where its CUDA part is missing."""
+
 _MODULE = "transformer_engine.common.recipe"
 _PREVIEW_MODULE = "_nemo_fp8_recipes_transformer_engine_recipe"
 _QPARAMS = {
@@ -70,6 +82,11 @@ def build(recipe: Recipe) -> Any:
     return _build(recipe, _imported())
 
 
+def can_preview() -> bool:
+    """Whether Transformer Engine's files are here, so that `preview` can load its recipe classes."""
+    return _MODULE in sys.modules or importlib.util.find_spec("transformer_engine") is not None
+
+
 def preview(recipe: Recipe) -> Any:
     """The same object for showing only: TE's recipe classes are loaded from their file, without torch.
 
@@ -83,16 +100,16 @@ def preview(recipe: Recipe) -> Any:
 def _imported() -> ModuleType:
     try:
         return importlib.import_module(_MODULE)
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+    except CANNOT_BE_IMPORTED as error:
         raise RecipeError(
-            f"Transformer Engine cannot be imported: {_first_line(error)}.",
+            f"Transformer Engine cannot be imported: {first_line(error)}.",
             hint="On a machine with no GPU, install the emulated device first: "
             "nemo_fp8_recipes.emulation.install().",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    """TE's own messages run over many lines."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error: TE's own messages run over many."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 

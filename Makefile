@@ -4,6 +4,8 @@
 #   make test                                    the test suite
 #   make test-slurm                              launching, on a real SLURM of two nodes on this machine
 #   make test-browser                            the HTML report in Chromium
+#   make test-loops                              Lightning's and Accelerate's loops around Transformer Engine
+#   make test-megatron-lm MEGATRON_LM=PATH       a checkout of Megatron-LM: its parser, its pretrain_gpt.py
 #   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
 #   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
 #   make lint                                    ruff, mypy and the documentation check
@@ -24,7 +26,8 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-slurm test-browser train-nemo test-nemo train-bridge test-bridge lint clean
+.PHONY: train test test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge \
+  lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -48,6 +51,14 @@ test-browser: $(VENV)/.installed-test
 	  && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	  || echo "There is no chromedriver, and it cannot be installed here: the browser tests will be skipped."
 	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+test-loops: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[cpu,test,loops]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/loops $(ARGS)
+
+test-megatron-lm: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[cpu,test]' pybind11
+	MEGATRON_LM=$(MEGATRON_LM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/targets/test_megatron_lm_source.py $(ARGS)
 
 train-nemo: $(VENV_NEMO)/.installed
 	$(VENV_NEMO)/bin/nemo-fp8 train framework=nemo $(strip $(RECIPE) $(ARGS))

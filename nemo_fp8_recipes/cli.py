@@ -46,6 +46,7 @@ COMMANDS = (
     Command("runs", "list run directories: running, finished, failed and why, resumable"),
     Command("manifest", "show what each module of a run really did, and how two runs differ"),
     Command("report", "show what a finished or running run logged"),
+    Command("selftest", "on a GPU node: compare the kernels with our numerics, bit for bit"),
 )
 
 

@@ -1,0 +1,136 @@
+"""python -m nemo_fp8_recipes.emulation.conformance PATH_TO_TE_TESTS [file …]"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nemo_fp8_recipes.emulation.conformance.report import PartResult, markdown, read
+from nemo_fp8_recipes.emulation.conformance.suite import SUITE, Part
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every test that needs no real GPU passed, 1 when some did not, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_fp8_recipes.emulation.conformance",
+        description="Run Transformer Engine's own tests on the emulated device and tell what became of them.",
+        epilog="Example: python -m nemo_fp8_recipes.emulation.conformance ~/TransformerEngine/tests/pytorch",
+    )
+    parser.add_argument("tests", type=Path, help="tests/pytorch in a source tree of Transformer Engine")
+    parser.add_argument("files", nargs="*", help="only these files of the suite, or others")
+    parser.add_argument("--output", type=Path, help="write the table here (default: print it)")
+    parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
+    parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
+    options = parser.parse_args(arguments)
+    if not (options.tests / "test_recipe.py").is_file():
+        print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
+        return 2
+    parts = _parts(options.files, options.sample)
+    missing = [part.file for part in parts if not (options.tests / part.file).is_file()]
+    for file in missing:
+        print(f"{file}: not in this source tree", file=sys.stderr)
+    results = []
+    for part in parts:
+        if part.file not in missing:
+            results.append(_run(options.tests, part, options.file_minutes * 60))
+            done = results[-1]
+            print(
+                f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
+                f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
+                file=sys.stderr,
+            )
+    table = markdown(results, title="Transformer Engine's own tests, emulated", notes=_notes(results))
+    if options.output is None:
+        print(table)
+    else:
+        options.output.write_text(table, encoding="utf-8")
+    return int(any(result.count("failed") for result in results))
+
+
+def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
+    known: dict[str, list[Part]] = {}
+    for part in SUITE:
+        known.setdefault(part.file, []).append(part)
+    parts = [part for file in files for part in known.get(file, [Part(file)])] or list(SUITE)
+    if sample is None:
+        return parts
+    return [Part(part.file, sample, part.device, part.keyword) for part in parts]
+
+
+def _run(tests: Path, part: Part, seconds: float) -> PartResult:
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = Path(scratch) / "outcomes.jsonl"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "nemo_fp8_recipes.emulation.conformance.plugin",
+        ]
+        command += ["-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(tests), part.file]
+        command += [
+            "--emulated-device",
+            part.device,
+            "--outcomes",
+            str(outcomes),
+            "--sample",
+            str(part.sample),
+        ]
+        if part.keyword:
+            command += ["-k", part.keyword]
+        environment = {**os.environ, "NVTE_TEST_NVINSPECT_FEATURE_DIRS": _debug_features()}
+        configs = tests / "debug" / "test_configs"
+        environment.setdefault("NVTE_TEST_NVINSPECT_CONFIGS_DIR", f"{configs}/")
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        log = Path(scratch) / "log"
+        ended = ""
+        with log.open("w", encoding="utf-8") as out:
+            try:
+                subprocess.run(
+                    command, cwd=tests, env=environment, stdout=out, stderr=out, timeout=seconds, check=False
+                )
+            except subprocess.TimeoutExpired:
+                ended = f"stopped after {seconds / 60:.0f} minutes"
+        entries = []
+        if outcomes.exists():
+            entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
+        if not any("id" in entry for entry in entries):
+            ended = ended or log.read_text(encoding="utf-8", errors="replace")[-500:]
+        if ended:
+            entries.append({"id": part.file, "outcome": "failed", "message": ended})
+        return read(part, entries)
+
+
+def _debug_features() -> str:
+    from importlib.util import find_spec
+
+    found = find_spec("transformer_engine")
+    return str(Path(found.origin).parent / "debug" / "features") if found and found.origin else ""
+
+
+def _notes(results: Sequence[PartResult]) -> list[str]:
+    version = importlib.metadata.version("transformer-engine")
+    sampled = sum(result.collected > len(result.outcomes) for result in results)
+    return [
+        f"Transformer Engine {version}, torch {importlib.metadata.version('torch')}. Made by",
+        "`python -m nemo_fp8_recipes.emulation.conformance PATH_TO_TE/tests/pytorch`.",
+        "Nothing of this ran on a GPU.",
+        "",
+        f"{sampled} of the {len(results)} files are sampled (column *run*): the tests are spread evenly over",
+        "the parameters of every test function. *Needs a real GPU* is only what uses fused attention, CUDA",
+        "graphs, userbuffers, several real GPUs, or a kernel that exists only compiled.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

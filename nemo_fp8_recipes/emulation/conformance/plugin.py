@@ -1,0 +1,123 @@
+"""The pytest plugin that runs somebody else's tests on the emulated device and notes what became of each.
+
+    pytest -p nemo_fp8_recipes.emulation.conformance.plugin --emulated-device b200 --outcomes FILE …
+
+The device is installed before the first conftest or test module is imported. With `--sample N` at most N
+tests are run, spread evenly over the parameters of every test function.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+__all__ = ["spread"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("emulated device")
+    group.addoption("--emulated-device", default="b200", help="GPU to pose as")
+    group.addoption("--outcomes", help="file to append one JSON object a test to")
+    group.addoption("--sample", type=int, default=0, help="run at most this many tests; 0: all")
+    group.addoption("--test-seconds", type=int, default=120, help="a test that takes longer fails")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    from nemo_fp8_recipes.emulation import install
+
+    install(early_config.known_args_namespace.emulated_device)
+
+
+def spread(items: Sequence[Any], wanted: int) -> list[Any]:
+    """At most `wanted` of the items, evenly spread, in order; at least one of each test function as long as
+    there are not more functions than that.
+    """
+    if wanted <= 0 or len(items) <= wanted:
+        return list(items)
+    functions: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        functions.setdefault(item.nodeid.split("[")[0], []).append(index)
+    chosen: list[int] = []
+    left = wanted
+    # The smallest first: what they do not need goes to the others.
+    by_size = sorted(functions.values(), key=len)
+    for number, indices in enumerate(by_size):
+        share = min(len(indices), max(1, left // (len(by_size) - number)))
+        share = min(share, left)
+        chosen += [indices[position * len(indices) // share] for position in range(share)]
+        left -= share
+    return [items[index] for index in sorted(chosen)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = spread(items, config.getoption("--sample"))
+    _note(config, {"collected": len(items), "run": len(kept)})
+    items[:] = kept
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    seconds = item.config.getoption("--test-seconds")
+
+    def out_of_time(_signal: int, _frame: FrameType | None) -> None:
+        pytest.fail(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Generator[None, Any, None]:
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
+    if report.when != "call" and report.passed:
+        return
+    message, where = "", []
+    if report.skipped:
+        found = report.longrepr
+        message = str(found[2] if isinstance(found, tuple) else found)
+    elif report.failed and call.excinfo is not None:
+        message = f"{call.excinfo.typename}: {call.excinfo.value}"
+        where = [f"{Path(str(entry.path)).name}:{entry.lineno + 1}" for entry in call.excinfo.traceback][-6:]
+    _note(
+        item.config,
+        {
+            "id": item.nodeid,
+            "outcome": report.outcome,
+            "message": message[:600],
+            "where": where,
+            "seconds": round(report.duration, 2),
+        },
+    )
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _failed_collections.append(str(report.longrepr)[-600:])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for message in _failed_collections:
+        _note(session.config, {"id": "(collection)", "outcome": "failed", "message": message, "where": []})
+
+
+_failed_collections: list[str] = []
+
+
+def _note(config: pytest.Config, entry: dict[str, Any]) -> None:
+    path = config.getoption("--outcomes")
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")

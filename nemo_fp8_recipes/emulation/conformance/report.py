@@ -1,0 +1,106 @@
+"""The conformance table: what became of TE's tests, as Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_fp8_recipes.emulation.conformance.suite import Part, reason
+
+__all__ = ["Outcome", "PartResult", "markdown", "read"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One test.
+
+    Attributes:
+        id: pytest's node id.
+        kind: "passed", "failed", "skipped" (by the test itself) or "needs a real GPU".
+        detail: the error, the reason, or why it skipped.
+    """
+
+    id: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What became of one file."""
+
+    part: Part
+    collected: int
+    outcomes: tuple[Outcome, ...]
+
+    def count(self, kind: str) -> int:
+        return sum(outcome.kind == kind for outcome in self.outcomes)
+
+
+def read(part: Part, entries: Sequence[Mapping[str, Any]]) -> PartResult:
+    """From the plugin's notes."""
+    collected = max((int(entry["collected"]) for entry in entries if "collected" in entry), default=0)
+    outcomes: dict[str, Outcome] = {}
+    for entry in entries:
+        if "id" not in entry:
+            continue
+        kind, detail = entry["outcome"], " ".join(entry["message"].split())
+        if kind == "failed":
+            excuse = reason(entry["message"])
+            if excuse is not None:
+                kind, detail = "needs a real GPU", excuse
+        before = outcomes.get(entry["id"])
+        if before is None or before.kind == "passed":  # an error in teardown counts
+            outcomes[entry["id"]] = Outcome(entry["id"], kind, detail)
+    return PartResult(part, collected, tuple(outcomes.values()))
+
+
+def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str]) -> str:
+    lines = [f"# {title}", "", *notes, ""]
+    lines += [
+        "| file | tests | run | passed | failed | needs a real GPU | skipped by the test |",
+        "|---|" + "---:|" * 6,
+    ]
+    total: Counter[str] = Counter()
+    for result in results:
+        kinds = Counter(outcome.kind for outcome in result.outcomes)
+        total += kinds
+        total["collected"] += result.collected
+        lines.append(_row(f"`{result.part.label}`", result.collected, kinds))
+    lines.append(_row("**all**", total.pop("collected", 0), total))
+    judged = total["passed"] + total["failed"]
+    if judged:
+        lines += ["", f"Passed of those that need no real GPU: {total['passed'] / judged:.1%}."]
+    lines += _section(results, "failed", "Failed")
+    lines += _section(results, "needs a real GPU", "Needs a real GPU")
+    lines += ["", "## Skipped by the tests themselves", ""]
+    why = Counter(o.detail for result in results for o in result.outcomes if o.kind == "skipped")
+    lines += [f"- {number} times: {_cell(text)}" for text, number in why.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, collected: int, kinds: Mapping[str, int]) -> str:
+    numbers = [collected, sum(kinds.values())]
+    numbers += [kinds.get(kind, 0) for kind in ("passed", "failed", "needs a real GPU", "skipped")]
+    return f"| {name} | " + " | ".join(str(number) for number in numbers) + " |"
+
+
+def _section(results: Sequence[PartResult], kind: str, heading: str) -> list[str]:
+    by_detail: dict[str, list[str]] = {}
+    for result in results:
+        for outcome in result.outcomes:
+            if outcome.kind == kind:
+                by_detail.setdefault(outcome.detail, []).append(outcome.id)
+    lines = ["", f"## {heading}", ""]
+    if not by_detail:
+        return [*lines, "None."]
+    for detail, ids in sorted(by_detail.items(), key=lambda pair: -len(pair[1])):
+        lines += [f"**{_cell(detail)}**", "", *(f"- `{one}`" for one in ids), ""]
+    return lines[:-1]
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 220 else text[:217] + "..."
+    return short.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")

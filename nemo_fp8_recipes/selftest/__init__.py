@@ -1,0 +1,7 @@
+"""Transformer Engine's kernels against `numerics/`, bit for bit: what `nemo-fp8 selftest` does on a GPU node.
+
+cases.py     the quantisers, their options, and inputs of every nasty kind
+native.py    what the device's kernels make of a case
+expected.py  what numerics/ makes of it
+vectors.py   both kept in a file, to be checked elsewhere
+"""

@@ -186,3 +186,34 @@ def test_gradient_scaling() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert weight.tolist() == [0, 0]
+
+
+def test_moving_to_the_device_gives_the_tensor_itself() -> None:
+    x = torch.zeros(3)
+    for device in ("cuda", "cuda:0", 0, torch.device("cuda", 0)):
+        assert x.to(device) is x
+        assert x.to(device=device, non_blocking=True) is x
+    assert x.to("cuda", torch.float64).dtype == torch.float64
+    assert x.to("cuda", copy=True) is not x
+    assert x.to(torch.float16).dtype == torch.float16
+
+
+def test_generators_of_the_device() -> None:
+    drawn = []
+    for generator in (torch.Generator("cuda"), torch.Generator(device="cuda:0"), torch.Generator()):
+        generator.manual_seed(1)
+        assert isinstance(generator, torch.Generator)
+        drawn.append(torch.randn(4, device="cuda", generator=generator))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert isinstance(torch.default_generator, torch.Generator)
+    assert not isinstance(3, torch.Generator)
+
+
+def test_an_nvfp4_tensor_can_be_dequantized_by_an_operation(emulated: object) -> None:
+    from transformer_engine.pytorch import NVFP4Quantizer
+
+    x = torch.randn(64, 64, dtype=torch.bfloat16)
+    quantized = NVFP4Quantizer()(x)
+    assert quantized.to(torch.float64).dtype == torch.float64
+    assert torch.equal(quantized.clone().dequantize(), quantized.dequantize())

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_fp8_recipes.emulation.conformance.report import PartResult, markdown, read
 from nemo_fp8_recipes.emulation.conformance.suite import SUITE, Part
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the table here (default: print it)")
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
+    parser.add_argument(
+        "--keep", type=Path, help="keep outcomes here; what is there already is not run again"
+    )
     options = parser.parse_args(arguments)
     if not (options.tests / "test_recipe.py").is_file():
         print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for part in parts:
         if part.file not in missing:
-            results.append(_run(options.tests, part, options.file_minutes * 60))
+            results.append(_result(options.tests, part, options.file_minutes * 60, options.keep))
             done = results[-1]
             print(
                 f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
@@ -64,7 +68,19 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
     return [Part(part.file, sample, part.device, part.keyword) for part in parts]
 
 
-def _run(tests: Path, part: Part, seconds: float) -> PartResult:
+def _result(tests: Path, part: Part, seconds: float, keep: Path | None) -> PartResult:
+    """Run a part, or read what an earlier run kept of it."""
+    kept = None if keep is None else keep / f"{part.file.replace('/', '-')}.{part.device}.json"
+    if kept is not None and kept.exists():
+        return read(part, json.loads(kept.read_text(encoding="utf-8")))
+    entries = _run(tests, part, seconds)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    return read(part, entries)
+
+
+def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = Path(scratch) / "outcomes.jsonl"
         command = [
@@ -108,7 +124,7 @@ def _run(tests: Path, part: Part, seconds: float) -> PartResult:
             ended = ended or log.read_text(encoding="utf-8", errors="replace")[-500:]
         if ended:
             entries.append({"id": part.file, "outcome": "failed", "message": ended})
-        return read(part, entries)
+        return entries
 
 
 def _debug_features() -> str:

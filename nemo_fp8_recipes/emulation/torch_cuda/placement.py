@@ -98,6 +98,8 @@ def _redirect_moves(ledger: PatchLedger) -> None:
 
     @functools.wraps(to)
     def redirected_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.device.type == "cpu" and _is_there_already(args, kwargs):
+            return self
         if args:
             first = args[0]
             if isinstance(first, (str, torch.device, int)):
@@ -131,6 +133,14 @@ def _redirect_moves(ledger: PatchLedger) -> None:
     ledger.set(torch.Tensor, "cuda", cuda, reason)
     ledger.set(torch.Tensor, "pin_memory", pin_memory, "there is no pinned memory without CUDA")
     ledger.set(torch.Tensor, "record_stream", record_stream, "there are no CUDA streams")
+
+
+def _is_there_already(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `Tensor.to` is asked for the posing device and nothing else: every tensor is there."""
+    if len(args) + ("device" in kwargs) != 1 or not kwargs.keys() <= {"device", "non_blocking"}:
+        return False
+    device = args[0] if args else kwargs["device"]
+    return isinstance(device, (str, int, torch.device)) and device != _CPU and host(device) in (_CPU, "cpu")
 
 
 def _redirect_loading(ledger: PatchLedger) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
+from nemo_fp8_recipes.emulation.torch_cuda.placement import host
 
 __all__ = ["apply"]
 
@@ -66,3 +67,19 @@ def apply(ledger: PatchLedger) -> None:
         ledger.set(torch.cuda, function.__name__, function, reason)
         ledger.set(torch.cuda.random, function.__name__, function, reason)
     ledger.set(torch.cuda, "default_generators", (generator,), reason)
+    ledger.set(torch, "Generator", _posing_generator(torch.Generator), reason)
+
+
+def _posing_generator(real: type) -> type:
+    """torch.Generator that takes the posing device. Every generator is an instance of it, whoever made it."""
+
+    class Kind(type(real)):  # type: ignore[misc]  # the metaclass is known at run time only
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, real)
+
+    class Generator(real, metaclass=Kind):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return real(host(device))
+
+    Generator.__module__, Generator.__qualname__ = real.__module__, real.__qualname__
+    return Generator

@@ -93,3 +93,10 @@ def test_dtype_compares_with_te_s_own_and_pickles(te, tex):
 def test_other_releases_of_te_are_refused():
     with pytest.raises(EmulationError, match=r"2\.14\.0 cannot be emulated.*2\.20"):
         binding.build("2.14.0", Architecture(HOPPER))
+
+
+def test_the_documented_table_is_that_of_the_code():
+    from nemo_fp8_recipes.emulation.binding.table import markdown
+
+    document = Path(__file__).parents[3] / "docs" / "emulated-binding.md"
+    assert document.read_text() == markdown()

@@ -1,0 +1,98 @@
+"""Running somebody else's CUDA tests on the emulated device, and telling what became of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nemo_fp8_recipes.emulation.conformance.__main__ import main
+from nemo_fp8_recipes.emulation.conformance.plugin import spread
+from nemo_fp8_recipes.emulation.conformance.suite import reason
+
+TESTS = """
+import pytest, torch
+import transformer_engine_torch as tex
+
+def test_runs_on_the_device():
+    x = torch.ones(32, 64, device="cuda")
+    assert x.is_cuda and torch.cuda.get_device_capability() == (10, 0)
+
+@pytest.mark.parametrize("number", range(9))
+def test_with_parameters(number):
+    assert number < 100
+
+def test_is_wrong():
+    assert 1 + 1 == 3, "arithmetic | differs"
+
+def test_needs_fused_attention():
+    tex.fused_attn_fwd()
+
+def test_needs_a_graph():
+    torch.cuda.CUDAGraph()
+
+def test_skips_itself():
+    pytest.skip("needs 9 of them")
+
+def test_hangs():
+    import time
+    time.sleep(60)
+"""
+
+
+@dataclass(frozen=True)
+class Item:
+    nodeid: str
+
+
+def test_a_sample_spreads_over_the_parameters_of_every_function() -> None:
+    items = [Item(f"f.py::many[{number}]") for number in range(90)] + [
+        Item("f.py::one"),
+        Item("f.py::two[0]"),
+    ]
+    chosen = [item.nodeid for item in spread(items, 12)]
+    assert Counter(name.split("[")[0] for name in chosen) == {
+        "f.py::many": 10,
+        "f.py::one": 1,
+        "f.py::two": 1,
+    }
+    assert chosen[:3] == ["f.py::many[0]", "f.py::many[9]", "f.py::many[18]"]
+    assert spread(items, 0) == items
+    assert len(spread(items, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("transformer_engine_torch.moe_permute_fwd is not emulated on a machine", "compiled-only kernel: moe_permute_fwd"),
+        ("transformer_engine_torch.fused_attn_fwd is not emulated on a machine", "fused attention"),
+        ("Tried to instantiate dummy base class CUDAGraph", "CUDA graphs"),
+        ("transformer_engine_torch.quantize with NVFP4Quantizer(nvfp4_use_4over6=True) is not emulated", None),
+        ("AssertionError: Tensor-likes are not equal!", None),
+    ],
+)  # fmt: skip
+def test_what_excuses_a_test(message: str, expected: str | None) -> None:
+    assert reason(message) == expected
+
+
+def test_the_table_tells_passed_failed_and_why_a_gpu_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_recipe.py").write_text(TESTS)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--test-seconds 1")
+    table = tmp_path / "table.md"
+    assert main([str(tmp_path), "test_recipe.py", "--sample", "10", "--output", str(table)]) == 1
+    text = table.read_text()
+    assert "| `test_recipe.py (b200)` | 15 | 10 | 5 | 2 | 2 | 1 |" in text
+    assert "Passed of those that need no real GPU: 71.4%." in text
+    assert "- `test_recipe.py::test_is_wrong`" in text
+    assert "arithmetic \\| differs" in text
+    assert "**fused attention**\n\n- `test_recipe.py::test_needs_fused_attention`" in text
+    assert "**CUDA graphs**\n\n- `test_recipe.py::test_needs_a_graph`" in text
+    assert "took more than 1 s" in text
+    assert "needs 9 of them" in text
+
+    assert main([str(tmp_path / "elsewhere")]) == 2
+    assert "is not tests/pytorch of Transformer Engine" in capsys.readouterr().err

@@ -198,6 +198,10 @@ def test_moving_to_the_device_gives_the_tensor_itself() -> None:
     assert x.to(torch.float16).dtype == torch.float16
 
 
+def test_normal_takes_the_device() -> None:
+    assert torch.normal(mean=0.0, std=1.0, size=(2, 3), device="cuda").is_cuda
+
+
 def test_generators_of_the_device() -> None:
     drawn = []
     for generator in (torch.Generator("cuda"), torch.Generator(device="cuda:0"), torch.Generator()):

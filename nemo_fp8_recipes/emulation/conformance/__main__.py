@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_fp8_recipes.emulation.conformance.report import PartResult, markdown, read
+from nemo_fp8_recipes.emulation.conformance.report import STOPPED, PartResult, markdown, read
 from nemo_fp8_recipes.emulation.conformance.suite import SUITE, Part
 
 
@@ -29,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the table here (default: print it)")
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
-    parser.add_argument(
-        "--keep", type=Path, help="keep outcomes here; what is there already is not run again"
-    )
+    parser.add_argument("--keep", type=Path, help="keep outcomes here, and use those that are there already")
     options = parser.parse_args(arguments)
     if not (options.tests / "test_recipe.py").is_file():
         print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
@@ -116,7 +114,7 @@ def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
                     command, cwd=tests, env=environment, stdout=out, stderr=out, timeout=seconds, check=False
                 )
             except subprocess.TimeoutExpired:
-                ended = f"stopped after {seconds / 60:.0f} minutes"
+                ended = f"{STOPPED} {seconds / 60:.1f} minutes"
         entries = []
         if outcomes.exists():
             entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]

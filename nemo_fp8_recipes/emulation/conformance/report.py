@@ -9,7 +9,10 @@ from typing import Any
 
 from nemo_fp8_recipes.emulation.conformance.suite import Part, reason
 
-__all__ = ["Outcome", "PartResult", "markdown", "read"]
+__all__ = ["STOPPED", "Outcome", "PartResult", "markdown", "read"]
+
+STOPPED = "stopped after"
+"""How the note of a file begins that ran out of time: the rest of its tests did not run."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Outcome:
 
     Attributes:
         id: pytest's node id.
-        kind: "passed", "failed", "skipped" (by the test itself) or "needs a real GPU".
+        kind: "passed", "failed", "skipped" (by the test itself), "needs a real GPU", or "stopped" of a whole
+            file.
         detail: the error, the reason, or why it skipped.
     """
 
@@ -51,6 +55,8 @@ def read(part: Part, entries: Sequence[Mapping[str, Any]]) -> PartResult:
             excuse = reason(entry["message"])
             if excuse is not None:
                 kind, detail = "needs a real GPU", excuse
+            elif entry["message"].startswith(STOPPED):
+                kind = "stopped"
         before = outcomes.get(entry["id"])
         if before is None or before.kind == "passed":  # an error in teardown counts
             outcomes[entry["id"]] = Outcome(entry["id"], kind, detail)
@@ -74,6 +80,7 @@ def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str])
     if judged:
         lines += ["", f"Passed of those that need no real GPU: {total['passed'] / judged:.1%}."]
     lines += _section(results, "failed", "Failed")
+    lines += _section(results, "stopped", "Ran out of time: the rest of the file did not run")
     lines += _section(results, "needs a real GPU", "Needs a real GPU")
     lines += ["", "## Skipped by the tests themselves", ""]
     why = Counter(o.detail for result in results for o in result.outcomes if o.kind == "skipped")
@@ -82,7 +89,7 @@ def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str])
 
 
 def _row(name: str, collected: int, kinds: Mapping[str, int]) -> str:
-    numbers = [collected, sum(kinds.values())]
+    numbers = [collected, sum(number for kind, number in kinds.items() if kind != "stopped")]
     numbers += [kinds.get(kind, 0) for kind in ("passed", "failed", "needs a real GPU", "skipped")]
     return f"| {name} | " + " | ".join(str(number) for number in numbers) + " |"
 

@@ -25,6 +25,7 @@ from nemo_fp8_recipes.emulation.ledger import PatchLedger
 __all__ = ["apply", "host"]
 
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+_ALSO = ("normal",)  # takes a device, and is missing from torch's own list
 _NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ def apply(ledger: PatchLedger) -> None:
     """Redirect what asks for a CUDA tensor to the host."""
     constructors = torch.utils._device._device_constructors()  # torch caches it: it must see the originals
     reason = "a tensor asked for on the device is made on the host"
-    for name in sorted({function.__name__ for function in constructors} | set(_LIKE)):
+    for name in sorted({function.__name__ for function in constructors} | {*_LIKE, *_ALSO}):
         original = getattr(torch, name, None)
         if original is not None:
             ledger.set(torch, name, _redirected(original), reason)

@@ -199,7 +199,7 @@ def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(
     cluster: Cluster, submit: Submit, in_tmp: Path
 ) -> None:
     (in_tmp / "steps.py").write_text(STEPS)
-    words = (*LIGHT, "launcher.time=1", "launcher.signal_seconds=40")
+    words = (*LIGHT, "launcher.time=1", "launcher.signal_seconds=20")
     job_id, run_dir = submit(*words, "--", "steps.py").only
     cluster.wait(job_id, "RUNNING", seconds=60)
     assert runs(run_dir)["state"] == "running"

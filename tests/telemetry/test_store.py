@@ -183,8 +183,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_large_parts_are_merged_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_module, "PIECE_ROWS", 20)
-    monkeypatch.setattr(writer_module, "_SMALL_ROW_GROUP", 7)
-    monkeypatch.setattr(writer_module, "_ROW_GROUP", 11)
+    monkeypatch.setattr(writer_module, "_ROW_GROUP_SIZES", (7, 11))
     writer = StoreWriter(tmp_path, METADATA)
     # Modules and statistics come and go; every other step has windows.
     steps = [step(n, layers=1 + n % 5, window=3 if n % 2 else 0) for n in range(1, 49)]
@@ -232,7 +231,7 @@ def test_a_store_of_an_earlier_release_is_read(tmp_path: Path, layout: str) -> N
 
 
 def test_one_series_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_SMALL_ROW_GROUP", 6)
+    monkeypatch.setattr(writer_module, "_ROW_GROUP_SIZES", (2, 2))
     StoreWriter(tmp_path, METADATA).write([step(1, layers=50)])
     asked: list[int] = []
     read = pq.ParquetFile.read_row_groups
@@ -245,6 +244,12 @@ def test_one_series_is_read_without_the_others(tmp_path: Path, monkeypatch: pyte
     table = store.read(tmp_path, "decoder.layers.7.mlp.linear_fc1", "input", "amax")
     assert table.num_rows == 1
     assert len(asked) == 1
+    # Names between which there are rows, but which are none themselves, and names behind the last one.
+    for module in ("decoder.layers.7.mlp.linear_fc", "decoder.layers.7.mlp.linear_fc2", "a", "z"):
+        assert store.read(tmp_path, module).num_rows == 0
+    two = store.read(tmp_path, ["decoder.layers.49.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc1"])
+    assert two.num_rows == 2 * 6
+    assert store.read(tmp_path, stat="amax").num_rows == 50 * 3
 
 
 def test_reading_goes_on_while_the_store_grows_and_merges(tmp_path: Path) -> None:

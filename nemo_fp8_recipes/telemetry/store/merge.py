@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from nemo_fp8_recipes.telemetry.store.table import NAMES, SCHEMA
 
-__all__ = ["merged", "module_range"]
+__all__ = ["LAST", "merged", "module_range", "name_range"]
 
 PIECE_ROWS = 1 << 21
 """Rows that are sorted together, about: with 40 bytes a row, 80 MB."""
@@ -56,13 +56,19 @@ def merged(paths: Sequence[Path], *, last_step: int | None = None) -> Iterator[p
 
 def module_range(metadata: pq.FileMetaData, group: int) -> tuple[str, str]:
     """First and last module of a row group."""
-    statistics = metadata.row_group(group).column(_MODULE).statistics
+    return name_range(metadata, group, "module") or ("", LAST)
+
+
+def name_range(metadata: pq.FileMetaData, group: int, name: str) -> tuple[str, str] | None:
+    """First and last of a name column in a row group; None where the file does not say."""
+    statistics = metadata.row_group(group).column(SCHEMA.get_field_index(name)).statistics
     if statistics is None or not statistics.has_min_max:
-        return "", "\U0010ffff"
+        return None
     return str(statistics.min), str(statistics.max)
 
 
-_MODULE = SCHEMA.get_field_index("module")
+LAST = "\U0010ffff"
+"""A name after all others."""
 
 
 def _cuts(files: Sequence[pq.ParquetFile], ranges: Sequence[Sequence[tuple[str, str]]]) -> Iterator[str]:

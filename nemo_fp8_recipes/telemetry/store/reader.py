@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.telemetry.store.files import Part, parts
-from nemo_fp8_recipes.telemetry.store.merge import module_range
+from nemo_fp8_recipes.telemetry.store.merge import module_range, name_range
 from nemo_fp8_recipes.telemetry.store.table import METADATA_KEY, SCHEMA, SCHEMA_VERSION
 
 __all__ = ["info", "read", "steps"]
@@ -91,32 +92,59 @@ def _load(part: Part, wanted: Mapping[str, frozenset[str]], first: int, last: in
     def load() -> pa.Table:
         with pq.ParquetFile(part.path) as file:
             _checked(part, file.metadata.metadata)
-            groups = list(range(file.num_row_groups))
-            if "module" in wanted:
-                groups = [
-                    group
-                    for group in groups
-                    if _may_hold(wanted["module"], *module_range(file.metadata, group))
-                ]
+            groups = row_groups(file.metadata, wanted)
             if not groups:
                 return SCHEMA.empty_table()
             table = file.read_row_groups(groups, use_threads=False)
-        table = table.select(SCHEMA.names).cast(SCHEMA)
-        keep = np.ones(len(table), dtype=bool)
-        for name, names in wanted.items():
-            column = table.column(name).unify_dictionaries().combine_chunks()
-            chosen = np.asarray([value in names for value in column.dictionary.to_pylist()], dtype=bool)
-            keep &= chosen[column.indices.to_numpy()] if len(chosen) else False
-        if part.first < first or part.last > last:
-            step = table.column("step").to_numpy()
-            keep &= (step >= first) & (step <= last)
-        return table if keep.all() else table.filter(pa.array(keep))
+        if not table.schema.equals(SCHEMA):
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+        pieces = [_kept(piece, wanted, first, last) for piece in table.to_batches()]
+        return pa.Table.from_batches(pieces, schema=SCHEMA)
 
     return _guarded(part, load)
 
 
-def _may_hold(names: frozenset[str], first: str, last: str) -> bool:
-    return any(first <= name <= last for name in names)
+def _kept(
+    piece: pa.RecordBatch, wanted: Mapping[str, frozenset[str]], first: int, last: int
+) -> pa.RecordBatch:
+    """The wanted rows of a piece; rows of one series lie together, and are then not even copied."""
+    step = piece.column("step").to_numpy()
+    keep = (step >= first) & (step <= last)
+    for name, names in wanted.items():
+        column = piece.column(name)
+        chosen = np.asarray([value in names for value in column.dictionary.to_pylist()], dtype=bool)
+        keep &= chosen[column.indices.to_numpy()] if len(chosen) else False
+    count = int(np.count_nonzero(keep))
+    start = int(keep.argmax()) if count else 0
+    if keep[start : start + count].all():
+        return piece.slice(start, count)
+    return piece.filter(pa.array(keep))
+
+
+def row_groups(metadata: pq.FileMetaData, wanted: Mapping[str, frozenset[str]]) -> list[int]:
+    """The row groups that may hold wanted rows. Rows are sorted by module, tensor and statistic."""
+    everything = range(metadata.num_row_groups)
+    if "module" not in wanted:
+        return list(everything)
+    found: set[int] = set()
+    for module in wanted["module"]:
+        # The first group whose last module is not before this one; what follows it is asked one by one.
+        begin = bisect.bisect_left(everything, module, key=lambda group: module_range(metadata, group)[1])
+        for group in everything[begin:]:
+            if module_range(metadata, group)[0] > module:
+                break
+            if _may_hold(metadata, group, wanted):
+                found.add(group)
+    return sorted(found)
+
+
+def _may_hold(metadata: pq.FileMetaData, group: int, wanted: Mapping[str, frozenset[str]]) -> bool:
+    """Whether tensors and statistics of a row group do not speak against it."""
+    for name in ("tensor", "stat"):
+        span = name_range(metadata, group, name)
+        if name in wanted and span is not None and not any(span[0] <= one <= span[1] for one in wanted[name]):
+            return False
+    return True
 
 
 def _consistently(run_dir: Path, load: Callable[[list[Part]], T]) -> T:

@@ -23,9 +23,11 @@ _SIMILAR = 4
 """The largest of them may be this many times the smallest; merging makes them `_MERGE` times as large."""
 _MERGED_BYTES = 256 << 20
 """Parts are not merged beyond this size on disk."""
-_ROW_GROUP = 1 << 17
-_SMALL_ROW_GROUP = 1 << 14
-"""A reader of one series reads one or two row groups of every part: in small parts they are small."""
+_ROW_GROUPS = 1 << 10
+_ROW_GROUP_SIZES = (1 << 13, 1 << 16)
+"""Row groups of a part, about, and the least and most rows of one. A reader of one series reads one or two of
+every part: the more there are the less it reads, and the longer it takes to know which.
+"""
 
 
 class StoreWriter:
@@ -49,7 +51,7 @@ class StoreWriter:
         steps = [values for values in steps if len(values)]
         if steps:
             table = to_table(steps, self._schema, self._index)
-            self._put([table], steps[0].step, steps[-1].step, self._schema, large=len(table) > 1 << 20)
+            self._put([table], steps[0].step, steps[-1].step, self._schema, rows=len(table))
 
     def compact(self) -> None:
         """Merge where many neighbouring parts of about the same size have gathered, so that a long run has
@@ -65,8 +67,9 @@ class StoreWriter:
             return False
         # The metadata of the newest of them holds for the range, as `info` reads it.
         schema = pq.read_schema(group[-1].path)
-        pieces = merged([part.path for part in group])
-        self._put(pieces, group[0].first, group[-1].last, schema, large=True)
+        paths = [part.path for part in group]
+        rows = sum(pq.read_metadata(path).num_rows for path in paths)
+        self._put(merged(paths), group[0].first, group[-1].last, schema, rows=rows)
         for part in group:
             part.path.unlink()
         return True
@@ -87,15 +90,20 @@ class StoreWriter:
                 schema = pq.read_schema(part.path)
                 # The name must not say more than there is: another part may begin after the last row kept.
                 last = _last_step(part.path, step)
-                self._put(merged([part.path], last_step=step), part.first, last, schema, large=True)
+                rows = pq.read_metadata(part.path).num_rows
+                self._put(merged([part.path], last_step=step), part.first, last, schema, rows=rows)
             part.path.unlink()
         for leftover in directory.glob(".steps-*"):
             leftover.unlink()
 
     def _put(
-        self, pieces: Iterable[pa.Table], first: int, last: int, schema: pa.Schema, *, large: bool
+        self, pieces: Iterable[pa.Table], first: int, last: int, schema: pa.Schema, *, rows: int
     ) -> Part:
-        """Write a part: under a hidden name, to the disk, then under its own name."""
+        """Write a part: under a hidden name, to the disk, then under its own name.
+
+        Args:
+            rows: in all pieces, about.
+        """
         directory = self._run_dir / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / part_name(first, last)
@@ -106,12 +114,12 @@ class StoreWriter:
                 schema,
                 compression="zstd",
                 use_dictionary=list(NAMES),
-                write_statistics=["module", "step"],
+                write_statistics=["module", "tensor", "stat", "step"],
                 column_encoding={"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
             ) as writer:
                 for piece in pieces:
                     table = piece.replace_schema_metadata(schema.metadata)
-                    writer.write_table(table, row_group_size=_ROW_GROUP if large else _SMALL_ROW_GROUP)
+                    writer.write_table(table, row_group_size=_row_group_size(rows))
             _to_disk(temporary)
             temporary.replace(path)
             _to_disk(directory)
@@ -119,6 +127,11 @@ class StoreWriter:
             temporary.unlink(missing_ok=True)
             raise
         return Part(first, last, path)
+
+
+def _row_group_size(rows: int) -> int:
+    least, most = _ROW_GROUP_SIZES
+    return min(max(rows // _ROW_GROUPS, least), most)
 
 
 def _mergeable(found: Sequence[Part]) -> Sequence[Part]:

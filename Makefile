@@ -26,7 +26,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge \
+.PHONY: train test test-distributed test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge \
   lint clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,15 @@ test-slurm: $(VENV)/.installed-test
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } \
 	  || echo "There is no SLURM, and it cannot be installed here: its tests will be skipped."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slurm $(ARGS)
+
+# Telemetry under tensor, pipeline, data and expert parallelism: two and four processes under torchrun.
+test-distributed: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages/distributed $(ARGS)
+
+# Sinks on the libraries they write to: W&B (offline) and Lightning's loggers.
+test-sinks: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[cpu,test,sinks]'
+	$(BIN)/python -m pytest tests/stages/sinks $(ARGS)
 
 # The HTML report in a real browser. Chromium comes from apt where this may install it.
 test-browser: $(VENV)/.installed-test

@@ -1,8 +1,9 @@
 """What a module of a Megatron model is called, on every pipeline stage and under every wrapper.
 
 Names are paths relative to the GPT (or Mamba) model itself: the wrappers around it (DDP, Float16Module,
-FSDP) are stripped, and a layer carries its number in the whole model, not its index on this pipeline stage,
-so that `decoder.layers.17.mlp.linear_fc1` is the same layer in a manifest of one GPU and of a hundred.
+FSDP) are stripped. A layer carries its number in the whole model, not its index on this pipeline stage, and
+an expert that in its layer, not its index on this expert-parallel rank, so that
+`decoder.layers.17.mlp.linear_fc1` is the same layer in a manifest of one GPU and of a hundred.
 """
 
 from __future__ import annotations
@@ -70,4 +71,15 @@ def _walk(here: NamedModule, seen: set[int]) -> Iterator[NamedModule]:
         if name.isdigit() and isinstance(number, int):
             layer = number - 1
             name = str(layer)
+        elif name.isdigit() and here.path.endswith(".local_experts"):
+            name = str(_first_expert(len(here.module)) + int(name))
         yield from _walk(NamedModule(f"{here.path}.{name}" if here.path else name, child, layer), seen)
+
+
+def _first_expert(local: int) -> int:
+    """The number of this rank's first expert, where each expert-parallel rank has `local` of a layer's."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return int(parallel_state.get_expert_model_parallel_rank()) * local

@@ -56,6 +56,7 @@ class Trainer:
     recipe: str = "bf16"
     tp: int = 1
     pp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     fp8_param: bool = False
@@ -74,7 +75,7 @@ class Trainer:
                 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(self.tp, self.pp)
+        parallel_state.initialize_model_parallel(self.tp, self.pp, expert_model_parallel_size=self.ep)
         FP8GlobalStateManager.reset()  # it keeps amax buffers, and their groups, of modules that are gone
         torch.manual_seed(self.seed)
         model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
@@ -112,12 +113,12 @@ class Trainer:
             activation_func=squared_relu,
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
             sequence_parallel=self.sequence_parallel,
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             finalize_model_grads_func=finalize_model_grads,
-            **fp8,
-            **{"hidden_dropout": 0.0, "attention_dropout": 0.0} | self.model_options,
+            **(fp8 | {"hidden_dropout": 0.0, "attention_dropout": 0.0} | self.model_options),
         )
 
     def _model(self) -> DistributedDataParallel:
@@ -126,7 +127,9 @@ class Trainer:
         with get_fp8_context(self.config, is_init=True) if self.fp8_param else torch.enable_grad():
             gpt = GPTModel(
                 config=self.config,
-                transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
+                transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(
+                    num_experts=self.config.num_moe_experts
+                ),
                 vocab_size=VOCABULARY,
                 max_sequence_length=SEQUENCE,
                 position_embedding_type="rope",

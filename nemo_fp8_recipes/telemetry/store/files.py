@@ -35,17 +35,17 @@ def part_name(first: int, last: int) -> str:
     return f"steps-{first:010d}-{last:010d}.parquet"
 
 
-def all_parts(run_dir: Path) -> list[Part]:
+def all_parts(run_dir: str | Path) -> list[Part]:
     """Every part in the store of a run, superseded ones included. Empty where there is no store."""
     found = []
-    for path in (run_dir / DIRECTORY).glob("steps-*.parquet"):
+    for path in (Path(run_dir) / DIRECTORY).glob("steps-*.parquet"):
         match = _NAME.fullmatch(path.name)
         if match:
             found.append(Part(int(match[1]), int(match[2]), path))
     return sorted(found)
 
 
-def parts(run_dir: Path) -> list[Part]:
+def parts(run_dir: str | Path) -> list[Part]:
     """The parts that count, in the order of their steps."""
     found = all_parts(run_dir)
     return [part for part in found if not any(part.within(other) for other in found)]

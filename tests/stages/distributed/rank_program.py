@@ -69,6 +69,7 @@ def run(name: str, options: dict[str, Any], out: Path, *, steps: int) -> dict[st
         recipe,
         directory=directory,
         log_every=1,
+        stats_every=1,
         sinks=["parquet"],
         on_alert=lambda found: alerts.extend([alert.step, alert.rule] for alert in found),
     )

@@ -131,6 +131,19 @@ def test_the_amax_is_that_of_the_whole_tensor(name: str, request: pytest.Fixture
             assert amax <= logged[key] < 2 * amax, key
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_fractions_are_those_of_all_elements_together(name: str, request: pytest.FixtureRequest) -> None:
+    """Replicas count alike, and ranks with more tokens (experts) count for more."""
+    run = outcome(name, request)
+    logged = run.logged("zeros")
+    compared = 0
+    for key, (_, zeros) in run.oracle().items():
+        if key in logged:
+            assert logged[key] == pytest.approx(zeros, rel=1e-4, abs=1e-7), key
+            compared += 0 < zeros < 1
+    assert compared
+
+
 def test_the_ranks_really_differ(two: dict[str, Outcome]) -> None:
     """Otherwise the maximum over ranks would prove nothing."""
     for name in ("tp", "dp", "tp_sequence"):

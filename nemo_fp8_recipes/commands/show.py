@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -19,18 +19,21 @@ from nemo_fp8_recipes.targets import megatron_core, transformer_engine
 __all__ = ["HELP", "run"]
 
 HELP = """
-usage: nemo-fp8 show [fp8_recipe=NAME] [fp8_recipe.<option>=value] ... [--json]
+usage: nemo-fp8 show [fp8_recipe=NAME] [fp8_recipe.<option>=value] ... [--json | --bridge-yaml]
 
 Print what a recipe composes to: its options, the Transformer Engine object with every option in effect, the
 fields of Megatron-Core's TransformerConfig, and what happens to each operand. It is a plan: what the layers
 of a run really do is in its manifest. Needs no GPU and does not import torch.
 
-  --json   one JSON object: {"recipe", "te", "megatron", "operands"}; te.options is null without TE
+  --json          one JSON object: {"recipe", "te", "megatron", "operands"}; te.options is null without TE
+  --bridge-yaml   YAML for Megatron-Bridge's config_filepath: the recipe, and the groups that are named
+                  (model, parallel, training, optimizer); see docs/bridge.md
 
 examples:
   nemo-fp8 show fp8_recipe=mxfp8
   nemo-fp8 show fp8_recipe=nemotron_h
   nemo-fp8 show fp8_recipe=blockwise fp8_recipe.w_block_scaling_dim=1 fp8_recipe.use_f32_scales=true
+  nemo-fp8 show fp8_recipe=mxfp8 parallel.tp=2 --bridge-yaml > fp8.yaml
 """
 
 _FP8_QPARAMS = ("power_2_scale", "amax_epsilon")
@@ -39,9 +42,12 @@ _FP4_QPARAMS = ("random_hadamard_transform", "stochastic_rounding", "fp4_2d_quan
 
 def run(arguments: list[str]) -> int:
     """Show the recipe that `arguments` name."""
-    flags, overrides = take_flags(arguments, {"--json"})
+    flags, overrides = take_flags(arguments, {"--json", "--bridge-yaml"})
     composed = config.compose(overrides)
     recipe = recipes.load(composed.fp8_recipe)
+    if "--bridge-yaml" in flags:
+        print(_bridge_yaml(composed, overrides), end="")
+        return 0
     if "--json" in flags:
         print(json.dumps(_as_json(recipe), indent=2))
         return 0
@@ -64,6 +70,15 @@ def run(arguments: list[str]) -> int:
     _heading(console, "Operands of a linear layer")
     console.print(_operands(recipe))
     return 0
+
+
+def _bridge_yaml(composed: DictConfig, overrides: list[str]) -> str:
+    from nemo_fp8_recipes.targets import bridge_yaml
+    from nemo_fp8_recipes.training.settings import read_settings
+
+    named = {override.lstrip("+~").split("=", 1)[0].split(".", 1)[0] for override in overrides}
+    document = bridge_yaml.document(read_settings(composed), named & set(bridge_yaml.GROUPS))
+    return OmegaConf.to_yaml(OmegaConf.create(document))
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:

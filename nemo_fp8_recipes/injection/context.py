@@ -25,7 +25,7 @@ from nemo_fp8_recipes.targets.transformer_engine import CANNOT_BE_IMPORTED, firs
 if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
 
-__all__ = ["Injection", "inject"]
+__all__ = ["Injection", "inject", "require_no_injection"]
 
 _LOCK = threading.Lock()
 _ACTIVE: Injection | None = None
@@ -127,17 +127,22 @@ def _restore(module: ModuleType, name: str, original: Any, ours: Any) -> None:
         )
 
 
+def require_no_injection(recipe: Recipe) -> None:
+    """Raise `InjectionError` where another injection is in force already: `recipe` would be a second one."""
+    if _ACTIVE is not None:
+        raise InjectionError(
+            f"The recipe '{_ACTIVE.recipe.name}' is injected already, and one injection holds for the "
+            f"whole process.",
+            key="fp8_recipe",
+            value=recipe.name,
+            hint="Leave the outer inject() first.",
+        )
+
+
 def _activate(injection: Injection) -> None:
     global _ACTIVE
     with _LOCK:
-        if _ACTIVE is not None:
-            raise InjectionError(
-                f"The recipe '{_ACTIVE.recipe.name}' is injected already, and one injection holds for the "
-                f"whole process.",
-                key="fp8_recipe",
-                value=injection.recipe.name,
-                hint="Leave the outer inject() first.",
-            )
+        require_no_injection(injection.recipe)
         if inside_autocast():
             raise InjectionError(
                 "A Transformer Engine FP8 context is open: its recipe is fixed already, and amax histories "

@@ -41,10 +41,10 @@ def fields(recipe: Recipe) -> dict[str, Any]:
     gathered through the gradient buffer, which Bridge asserts.
     """
     values = dict(megatron_core.fields(recipe))
-    for precision in ("fp8", "fp4"):
-        kept_quantised = bool(values.pop(f"{precision}_param", False))
-        values[f"{precision}_param"] = values[f"{precision}_param_gather"] = kept_quantised
-    values["reuse_grad_buf_for_mxfp8_param_ag"] = recipe.name == "mxfp8" and values["fp8_param"]
+    precision = "fp4" if recipe.precision == "fp4" else "fp8"
+    kept_quantised = bool(values.pop(f"{precision}_param", False))
+    values[f"{precision}_param"] = values[f"{precision}_param_gather"] = kept_quantised
+    values["reuse_grad_buf_for_mxfp8_param_ag"] = recipe.name == "mxfp8" and kept_quantised
     return {
         "bf16": True,
         "params_dtype": "bfloat16",

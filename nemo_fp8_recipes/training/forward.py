@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,11 +34,23 @@ def _token_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 def _forward_step(batches: Iterator[Micro], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
     """Megatron's forward function of a micro-batch: the output of this pipeline stage and its loss
     function."""
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
-    batch = get_batch_on_this_cp_rank(next(batches))
+    batch = _on_this_context_rank(next(batches))
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_token_loss)
+
+
+def _on_this_context_rank(batch: Micro) -> Micro:
+    """This context-parallel rank's part of a batch, by Megatron's own function."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    part: Micro = get_batch_on_this_cp_rank(batch, **_no_packed_sequences(get_batch_on_this_cp_rank))
+    return part
+
+
+@functools.cache
+def _no_packed_sequences(function: Callable[..., Any]) -> dict[str, bool]:
+    """Newer releases of Megatron-Core also cut batches of packed sequences, and must be told of none."""
+    return {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(function).parameters else {}
 
 
 def reduce_loss(reports: list[torch.Tensor], device: torch.device, *flags: float) -> list[float]:

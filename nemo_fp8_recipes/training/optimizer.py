@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.training.lr_schedule import schedule_steps
 from nemo_fp8_recipes.training.schema import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-__all__ = ["build_optimizer", "build_scheduler", "schedule_steps"]
-
-DEFAULT_WARMUP = 10  # steps, where the configuration leaves it open and the job is long enough
+__all__ = ["build_optimizer", "build_scheduler"]
 
 
 def build_optimizer(settings: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
@@ -70,20 +68,3 @@ def build_scheduler(
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
-
-
-def schedule_steps(settings: OptimizerConfig, total_steps: int) -> tuple[int, int]:
-    """Steps of decay and of warm-up. Raises `ConfigError` where the warm-up leaves nothing to decay."""
-    decay_steps = settings.lr_decay_steps if settings.lr_decay_steps is not None else total_steps
-    warmup_steps = settings.lr_warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(DEFAULT_WARMUP, decay_steps // 10)
-    if warmup_steps >= decay_steps:
-        raise ConfigError(
-            f"optimizer.lr_warmup_steps={warmup_steps} leaves nothing of {decay_steps} steps to decay.",
-            key="optimizer.lr_warmup_steps",
-            value=warmup_steps,
-            allowed=[f"< {decay_steps}"],
-            hint="Set fewer warm-up steps or more training.steps.",
-        )
-    return decay_steps, warmup_steps

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.injection.context import require_no_injection
 from nemo_fp8_recipes.injection.extra_state import loadable_extra_state
 from nemo_fp8_recipes.injection.te_object import megatron_te_object
 from nemo_fp8_recipes.recipes import Recipe
@@ -45,7 +46,7 @@ def choose(recipe: Recipe, config: Any) -> Way:
     """The way for `recipe` and a model config that carries its fields.
 
     Raises:
-        InjectionError: Megatron-Core runs without Transformer Engine.
+        InjectionError: Megatron-Core runs without Transformer Engine, or another recipe is injected.
     """
     from megatron.core import fp8_utils
 
@@ -57,6 +58,7 @@ def choose(recipe: Recipe, config: Any) -> Way:
             "in high precision without a word.",
             hint="Install Transformer Engine, or on a machine with no GPU start with device=emulated.",
         )
+    require_no_injection(recipe)  # or what Megatron makes would be what somebody else injects
     theirs = _made_by_megatron(recipe, config)
     return "config" if _same(theirs, megatron_te_object(recipe)) else "get_fp8_recipe"
 

@@ -94,6 +94,7 @@ def job(
             start_weight_decay=0.1,
             end_weight_decay=0.1,
             weight_decay_incr_style="constant",
+            override_opt_param_scheduler=True,
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         dataset=MockGPTDatasetConfig(
@@ -179,10 +180,11 @@ class Seen(Callback):
 def run(config: ConfigContainer, *callbacks: Any) -> Seen:
     """Bridge's `pretrain()` on `config`."""
     seen = Seen()
+    ours = not dist.is_initialized()
     try:
         pretrain(config, forward_step, callbacks=[*callbacks, seen])
     finally:
-        if dist.is_initialized():
+        if ours and dist.is_initialized():
             dist.destroy_process_group()
         FP8GlobalStateManager.reset()
     return seen

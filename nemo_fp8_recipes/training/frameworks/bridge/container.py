@@ -13,8 +13,8 @@ from megatron.bridge.training import config as bridge
 from nemo_fp8_recipes.callbacks.bridge import mixed_precision
 from nemo_fp8_recipes.training.frameworks.bridge.data import RunData
 from nemo_fp8_recipes.training.invocation import Invocation
+from nemo_fp8_recipes.training.lr_schedule import schedule_steps
 from nemo_fp8_recipes.training.model import gpt_fields, transformer_fields
-from nemo_fp8_recipes.training.optimizer import schedule_steps
 from nemo_fp8_recipes.training.settings import Settings
 
 __all__ = ["container"]

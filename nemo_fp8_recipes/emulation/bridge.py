@@ -25,6 +25,7 @@ __all__ = ["apply"]
 _SSM = "megatron.core.ssm.ops."
 _UNUSED_IMPORTS: dict[str, tuple[str, ...]] = {
     "megatron.core.transformer.moe.ops.paged_stash": ("triton",),
+    "megatron.core.inference.contexts.attention_context.triton.tensor_ops": ("triton",),
     **dict.fromkeys(
         [
             _SSM + name

@@ -55,11 +55,13 @@ def fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def missing() -> InjectionError:
-    """The error for a process in which Megatron-Bridge cannot be imported."""
+def missing(error: ImportError) -> InjectionError:
+    """The error for a process in which importing Megatron-Bridge failed with `error`."""
     found = installed("megatron-bridge")
     problem = (
-        "Megatron-Bridge is not installed." if found is None else f"Megatron-Bridge {found} does not import."
+        "Megatron-Bridge is not installed."
+        if found is None
+        else f"Megatron-Bridge {found} does not import: {error}."
     )
     return InjectionError(
         problem,

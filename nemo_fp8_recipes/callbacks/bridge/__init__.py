@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     from nemo_fp8_recipes.targets.bridge import missing
 
-    raise missing() from error
+    raise missing(error) from error
 
 from nemo_fp8_recipes.callbacks.bridge.callback import Fp8Callback
 from nemo_fp8_recipes.callbacks.bridge.mixed_precision import Fp8MixedPrecision, mixed_precision

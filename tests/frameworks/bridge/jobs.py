@@ -99,7 +99,7 @@ def job(
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         dataset=MockGPTDatasetConfig(
             random_seed=1234,
-            **{"seq_length" if has_validation else "sequence_length": SEQUENCE},
+            seq_length=SEQUENCE,
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,

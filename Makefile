@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_NEMO ?= .venv-nemo
 VENV_BRIDGE ?= .venv-bridge
+# Megatron-Bridge 0.3.1 and its Megatron-Core, found before the newer ones.
+BRIDGE_0_3 = $(abspath $(VENV_BRIDGE))/bridge-0.3
 ARGS ?=
 PYTEST_WORKERS ?= 2
 # More options for pip, such as where your mirror of PyTorch's CPU wheels is.
@@ -80,6 +82,7 @@ train-bridge: $(VENV_BRIDGE)/.installed
 
 test-bridge: $(VENV_BRIDGE)/.installed
 	OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge $(ARGS)
+	PYTHONPATH=$(BRIDGE_0_3) OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge/test_pretrain.py $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -126,5 +129,7 @@ $(VENV_BRIDGE)/.installed: pyproject.toml requirements/bridge.txt
 	test -x $(VENV_BRIDGE)/bin/python || $(PYTHON) -m venv $(VENV_BRIDGE)
 	$(PIP_INSTALL_BRIDGE) $$(grep '^torch==' requirements/bridge.txt)
 	$(PIP_INSTALL_BRIDGE) --no-deps --ignore-requires-python -r requirements/bridge.txt
+	$(PIP_INSTALL_BRIDGE) --no-deps --ignore-requires-python --target $(BRIDGE_0_3) --upgrade \
+	  megatron-bridge==0.3.1 megatron-core==0.16.1
 	$(PIP_INSTALL_BRIDGE) --no-deps -e .
 	@touch $@

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from nemo_fp8_recipes.injection import Manifest
     from nemo_fp8_recipes.recipes import Recipe
+    from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
     from nemo_fp8_recipes.telemetry.recorder import Recorder
 
 __all__ = ["Fp8RecipeCallback", "precision_plugin"]
@@ -74,6 +75,7 @@ class Fp8RecipeCallback(Callback):
         recipe: the recipe.
         manifest: what every module did in the first step; None before.
         run_dir: the directory in use, once the trainer has started.
+        alerts: the rules that telemetry is watched by; None: those of conf/alerts/default.yaml.
         keeps_metrics: whether metrics.jsonl is written here; False where the job keeps its own.
 
     Raises:
@@ -103,6 +105,7 @@ class Fp8RecipeCallback(Callback):
         self._flush_every = flush_every
         self._run: Fp8Run | None = None
         self.keeps_metrics = True
+        self.alerts: AlertsConfig | None = None
         self._undo: list[Callable[[], None]] = []
         self._written = False
         _announce_connections()
@@ -173,6 +176,7 @@ class Fp8RecipeCallback(Callback):
                 history=self._history,
                 flush_every=self._flush_every,
                 device=emulation.label(),
+                alerts=self.alerts,
             )
 
         return attach

@@ -93,9 +93,20 @@ def test_stopping_and_going_on(tmp_path: Path) -> None:
         run("megatron_core", tmp_path / "cut", *overrides, "training.resume=auto")
 
 
-def test_a_schedule_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="framework=nemo trains with one recipe"):
-        run("nemo", tmp_path / "run", "fp8_recipe=mxfp8", "recipe_schedule=[{recipe: bf16, to_step: 2}]")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recipe_schedule=[{recipe: bf16, to_step: 2}]", "framework=nemo .*framework=megatron_core"),
+        (
+            'recipe_modules=[{modules: "*.linear_proj", recipe: bf16}]',
+            "framework=nemo .*framework=megatron_core",
+        ),
+        ("alerts.saturation.action=stop", "reports alerts and does not act on them"),
+    ],
+)
+def test_what_the_trainer_would_not_do_is_refused(override: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run("nemo", tmp_path / "run", "fp8_recipe=mxfp8", override)
     assert not (tmp_path / "run").exists()
 
 

@@ -33,13 +33,13 @@ _NOT_IN_GPT_CONFIG = ("rope_scaling", "rope_scaling_factor")
 
 def check_supported(settings: Settings) -> None:
     """Raise `ConfigError` for what the job may say and NeMo's trainer would not do."""
-    if settings.schedule.spans:
+    if settings.alerts.acts:
         raise ConfigError(
-            f"framework=nemo trains with one recipe, and the configuration says {settings.schedule}.",
-            key="framework",
-            value="nemo",
-            allowed=["megatron_core"],
-            hint="Take the schedule out, or train with framework=megatron_core.",
+            "framework=nemo reports alerts and does not act on them, and the configuration has a rule that "
+            "stops or saves, or a callback.",
+            key="alerts",
+            value=settings.alerts.name,
+            hint="Set those rules to action=warn, or train with framework=megatron_core.",
         )
     if settings.model.rope_scaling_factor is not None:
         raise ConfigError(

@@ -150,6 +150,7 @@ class _Session:
             flush_every=telemetry.flush_every,
         )
         recipe_callback.keeps_metrics = False
+        recipe_callback.alerts = settings.alerts
         model = parts.build_model(settings, emulated=invocation.emulated)
         data = parts.DataModule(settings, dataset)
         data.resume_after(start)

@@ -8,6 +8,8 @@
 #   make test-megatron-lm MEGATRON_LM=PATH       a checkout of Megatron-LM: its parser, its pretrain_gpt.py
 #   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
 #   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
+#   make test-presets                            presets and models against NeMo's and Bridge's own sources
+#   make test-preflight                          preflight against the real stack on hundreds of random jobs
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
@@ -28,8 +30,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-distributed test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge \
-  lint clean
+.PHONY: train test test-distributed test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -83,6 +84,19 @@ train-bridge: $(VENV_BRIDGE)/.installed
 test-bridge: $(VENV_BRIDGE)/.installed
 	OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge $(ARGS)
 	PYTHONPATH=$(BRIDGE_0_3) OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge/test_pretrain.py $(ARGS)
+
+# The sources of both packages, without what they need: nothing of them is imported.
+PEERS := $(VENV)/peers
+test-presets: $(VENV)/.installed-test
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --ignore-requires-python \
+	  --only-binary :all: --dest $(PEERS) nemo_toolkit==2.7.3 megatron-bridge==0.6.2
+	for wheel in $(PEERS)/*.whl; do $(BIN)/python -m zipfile -e $$wheel $${wheel%%-*}; done
+	NEMO_FP8_PEERS_REQUIRED=1 NEMO_FP8_PEER_SOURCES=$(PEERS)/nemo_toolkit:$(PEERS)/megatron_bridge \
+	  $(BIN)/python -m pytest tests/recipes/test_presets.py tests/recipes/test_published.py $(ARGS)
+
+test-preflight: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m preflight tests/preflight $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

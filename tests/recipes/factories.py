@@ -16,6 +16,7 @@ from typing import Any
 
 RECORD = Path(__file__).with_name("factories.json")
 DIRECTORIES = "NEMO_FP8_PEER_SOURCES"  # environment variable: directories with unpacked packages
+REQUIRED = "NEMO_FP8_PEERS_REQUIRED"  # environment variable: set, a package that is missing is a failure
 FILES = {
     "nemo_toolkit": "nemo/collections/llm/recipes/precision/mixed_precision.py",
     "megatron-bridge": "megatron/bridge/training/mixed_precision.py",

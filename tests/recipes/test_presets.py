@@ -1,5 +1,7 @@
 """Presets: each against the factory it is named after, and against what its YAML composes to."""
 
+import os
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -46,6 +48,7 @@ def test_a_preset_sets_what_the_factory_sets(package, name):
 def test_the_record_is_what_the_package_says(package):
     at_hand = factories.installed(package)
     if at_hand is None:
+        assert not os.environ.get(factories.REQUIRED), f"{package} is not in {factories.DIRECTORIES}"
         pytest.skip(f"{package} is neither installed nor in {factories.DIRECTORIES}")
     version, source = at_hand
     if version != RECORD[package]["version"]:

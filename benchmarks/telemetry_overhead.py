@@ -6,7 +6,7 @@ Each run is the job itself, `nemo-fp8 train`, in a process of its own, on one th
 other programs disturb less than the clock on the wall. Within a run, steps without telemetry, with the cheap
 tier and with the stats tier take turns; a tier's time is the median of its steps. Handing a step's values to
 the sinks is counted to that step, and so is what the TensorBoard package does with them on a thread of its
-own (in Python, it takes about a third to half of the cheap tier): `-- telemetry.sinks=[parquet]` leaves it out.
+own (in Python, it takes a third to half of the cheap tier): `-- telemetry.sinks=[parquet]` leaves it out.
 Beside it stands the CPU time inside the recorder's own calls, which is less noisy than a difference of steps
 and leaves out only what happens within the step.
 

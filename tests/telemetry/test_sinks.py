@@ -61,6 +61,33 @@ def test_tensorboard_has_values_and_metrics_under_their_names(tmp_path: Path) ->
     assert "fp8/decoder.layers.0.mlp.linear_fc1/input/amax" in found
 
 
+def test_tensorboard_tells_steps_of_the_same_series_apart(tmp_path: Path) -> None:
+    (sink,) = build(["tensorboard"], tmp_path, METADATA)
+    few, many = step(1, layers=1).series, step(1, layers=2).series
+    written = [
+        StepValues(number, names, np.asarray([number + i / 1024 for i in range(len(names))], np.float32))
+        for number, names in ((1, few), (2, many), (3, few), (4, many), (5, many))
+    ]
+    for values in written:
+        sink.values(values)
+    sink.close()
+    found = scalars(tmp_path / "tensorboard")
+    for values in written:
+        for name, value in zip(values.series, values.values, strict=True):
+            assert found[name.tag][values.step] == float(value)
+    assert list(found[few[0].tag]) == [1, 2, 3, 4, 5]
+    assert list(found[many[-1].tag]) == [2, 4, 5]
+
+
+def test_series_of_one_name_share_a_scalar(tmp_path: Path) -> None:
+    (sink,) = build(["tensorboard"], tmp_path, METADATA)
+    names = (Series("m", "input", "amax", "delayed", "e4m3"), Series("m", "input", "amax", "mxfp8", "e4m3"))
+    for number in (1, 2):
+        sink.values(StepValues(number, names, np.asarray([number, number + 10], np.float32)))
+    sink.close()
+    assert scalars(tmp_path / "tensorboard") == {names[0].tag: {1: 11.0, 2: 12.0}}
+
+
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
     (first,) = build(["tensorboard"], tmp_path, METADATA)
     for number in (1, 2, 3, 4):

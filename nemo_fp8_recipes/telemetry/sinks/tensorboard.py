@@ -1,4 +1,4 @@
-"""TensorBoard, through the tensorboard package's own writer: no TensorFlow and no torch."""
+"""TensorBoard, with the tensorboard package's messages: no TensorFlow and no torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_fp8_recipes.telemetry.series import StepValues
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
+from nemo_fp8_recipes.telemetry.sinks.event_file import EventFile
 from nemo_fp8_recipes.telemetry.sinks.scalars import alert_counts, metric_names, value_scalars
 
 __all__ = ["SummaryWriterSink", "TensorBoardSink"]
@@ -23,14 +24,16 @@ class TensorBoardSink(Sink):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._writer: Any = None
+        self._file: EventFile | None = None
+        self._events = _StepEvents()
 
     def values(self, values: StepValues) -> None:
-        self._add(values.step, _summary(values))
+        if len(values.series) or values.alerts:
+            self._open().add(self._events.of(values))
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:
-            self._add(step, _scalars(metric_names(metrics)))
+            self._open().add(_event(step, _scalars(metric_names(metrics))))
 
     def truncate_after(self, step: int) -> None:
         from tensorboard.compat.proto import event_pb2
@@ -39,29 +42,21 @@ class TensorBoardSink(Sink):
             return
         # TensorBoard then hides what earlier event files hold from this step on.
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._open().add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started))
+        self._open().add(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started))
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _add(self, step: int, summary: Any) -> None:
-        from tensorboard.compat.proto import event_pb2
-
-        if summary.value:
-            self._open().add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _open(self) -> Any:
-        if self._writer is None:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-            self._writer = EventFileWriter(str(self._directory))
-        return self._writer
+    def _open(self) -> EventFile:
+        if self._file is None:
+            self._file = EventFile(self._directory)
+        return self._file
 
 
 class SummaryWriterSink(Sink):
@@ -82,6 +77,40 @@ class SummaryWriterSink(Sink):
 
     def flush(self) -> None:
         self._writer.flush()
+
+
+class _StepEvents:
+    """The events of steps. Those that hold the same series share a message, in which the numbers change."""
+
+    _KEPT = 8
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[tuple[Series, ...], Any, list[Any]]] = {}
+
+    def of(self, values: StepValues) -> Any:
+        """The event of a step; it holds until the next call."""
+        if values.alerts:
+            return _event(values.step, _summary(values))
+        known = self._known.get(id(values.series))
+        if known is None:
+            event = _event(values.step, _summary(values))
+            # Series of one name, as of two recipes in one step, share a scalar; these are told apart anew.
+            if len(event.summary.value) == len(values.series):
+                if len(self._known) >= self._KEPT:
+                    self._known.clear()
+                self._known[id(values.series)] = (values.series, event, list(event.summary.value))
+            return event
+        _, event, scalars = known
+        event.step, event.wall_time = values.step, time.time()
+        for scalar, value in zip(scalars, values.values.tolist(), strict=True):
+            scalar.simple_value = value
+        return event
+
+
+def _event(step: int, summary: Any) -> Any:
+    from tensorboard.compat.proto import event_pb2
+
+    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
 
 
 def _summary(values: StepValues) -> Any:

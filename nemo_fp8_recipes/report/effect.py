@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemo_fp8_recipes.telemetry.series import FP8_MAX, TENSORS
+from nemo_fp8_recipes.telemetry.series import FP8_MAX, TENSORS, WHATIF
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,9 +26,10 @@ class TensorEffect:
         module, tensor: which operand.
         recipe: canonical name of the recipe that quantised it last.
         format: its element format then.
-        steps: logged steps, ascending.
-        amax: amax in each of them; an upper bound where `bound`.
-        bound: only a bound of the amax can be known (block scales, scales rounded to powers of two).
+        steps: logged steps in which this recipe quantised it, ascending.
+        amax: amax in each of them; an upper bound in all of them where `bound`.
+        bound: most steps know only a bound of the amax (block scales, scales rounded to powers of two), so
+            the bound is what can be followed over all of them.
         scale: first and last scale, None under block scaling.
         headroom: binades between the scaled amax and the format's largest value in the last step:
             log2(fp8_max / (amax x scale)); below 0 the largest elements saturated. None under block scaling,
@@ -70,15 +71,23 @@ def effects(table: pa.Table, order: Sequence[str] = ()) -> list[TensorEffect]:
         order: module paths in the order of the model; modules that are not among them come by name.
     """
     position = {module: index for index, module in enumerate(order)}
-    # operand -> (stat -> step -> value); parts of the store ascend by step, so the last recipe wins.
+    # operand -> (stat -> step -> value)
     numbers: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     kinds: dict[tuple[str, str], tuple[int, str, str]] = {}
     windows: dict[tuple[str, str], tuple[int, tuple[float, ...]]] = {}
     columns = [table.column(name).to_pylist() for name in table.column_names]
-    for step, module, tensor, stat, recipe, fmt, value, values in zip(*columns, strict=True):
+    rows = [
+        row
+        for row in zip(*columns, strict=True)
+        if not row[3].startswith(f"{WHATIF}/")  # such a row names the recipe that it asks about
+    ]
+    for step, module, tensor, _, recipe, fmt, _, _ in rows:
+        if (module, tensor) not in kinds or kinds[module, tensor][0] <= step:
+            kinds[module, tensor] = (step, recipe, fmt)
+    for step, module, tensor, stat, recipe, fmt, value, values in rows:
         key = (module, tensor)
-        if key not in kinds or kinds[key][0] <= step:
-            kinds[key] = (step, recipe, fmt)
+        if (recipe, fmt) != kinds[key][1:]:
+            continue  # of an earlier recipe: its amax and scales are no beginning of this one's
         if values is not None:
             if key not in windows or windows[key][0] <= step:
                 windows[key] = (step, tuple(values))
@@ -98,7 +107,10 @@ def _effect(
     window: tuple[float, ...] | None,
 ) -> TensorEffect:
     recipe, fmt = kind
-    amax = {**stats.get("amax_bound", {}), **stats.get("amax", {})}
+    # A step that reads the tensors knows the amax too; beside bounds of other steps it would show as a jump.
+    exact, bounds = stats.get("amax", {}), stats.get("amax_bound", {})
+    bound = bool(bounds.keys() - exact.keys())
+    amax = {**exact, **bounds} if bound else {**bounds, **exact}
     steps = sorted(amax)
     last = steps[-1]
     largest = FP8_MAX.get(fmt, math.nan)
@@ -115,7 +127,7 @@ def _effect(
         format=fmt,
         steps=tuple(steps),
         amax=tuple(amax[step] for step in steps),
-        bound=last in stats.get("amax_bound", {}),
+        bound=bound,
         scale=(scales[scaled[0]], scales[scaled[-1]]) if scaled else None,
         headroom=-math.log2(ratio) if recipe == "delayed" and 0 < ratio < math.inf else None,
         saturated=sum(ratio > _ROUNDS_TO_MAX.get(fmt, 1.0) for ratio in ratios.values())

@@ -107,6 +107,15 @@ def test_steps_that_share_a_column_show_the_worst_of_them(tmp_path: Path) -> Non
     assert found.stats["scale"][0].tolist()[:3] == [97.0, 94.0, 91.0]
 
 
+def test_what_another_recipe_would_do_does_not_name_the_recipe_of_a_tensor(tmp_path: Path) -> None:
+    own = Series("fc1", "input", "amax", "mxfp8", "e4m3")
+    asked = Series("fc1", "input", "whatif/nvfp4/sqnr", "nvfp4", "e2m1")
+    StoreWriter(tmp_path, {}).write([StepValues(1, (own, asked), np.float32([2, 20]), {})])
+    found = matrices(store.read(tmp_path))
+    assert (found.recipes, found.formats) == (("mxfp8",), ("e4m3",))
+    assert set(found.stats) == {"amax", "whatif/nvfp4/sqnr"}
+
+
 def test_without_plotly_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -18,6 +19,8 @@ from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.report.effect import effects
 from nemo_fp8_recipes.telemetry import store
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
+from nemo_fp8_recipes.telemetry.store import StoreWriter
 from tests.report.runs import make
 
 
@@ -67,6 +70,52 @@ def test_block_scaling_shows_bounds_and_the_range_of_the_blocks(tmp_path: Path) 
     assert "≤2 → 16" in output
     assert "2^5" in output
     assert "Headroom" not in output
+
+
+def logged(run_dir: Path, *steps: dict[tuple[str, str, str], float]) -> None:
+    """Steps 1, 2, … of one operand: (stat, recipe, format) -> value."""
+    StoreWriter(run_dir, {}).write(
+        [
+            StepValues(
+                step,
+                tuple(Series("fc1", "input", stat, recipe, fmt) for stat, recipe, fmt in values),
+                np.float32(list(values.values())),
+                {},
+            )
+            for step, values in enumerate(steps, start=1)
+        ]
+    )
+
+
+def test_bounds_are_not_mixed_with_the_amax_of_steps_that_read_the_tensors(tmp_path: Path) -> None:
+    exact, bound = ("amax", "mxfp8", "e4m3"), ("amax_bound", "mxfp8", "e4m3")
+    logged(tmp_path, {exact: 1.0, bound: 1.75}, {bound: 1.75}, {exact: 1.0, bound: 1.75})
+    (effect,) = effects(store.read(tmp_path))
+    assert effect.bound
+    assert effect.amax == (1.75, 1.75, 1.75)
+
+
+def test_where_every_step_reads_the_tensors_the_amax_is_no_bound(tmp_path: Path) -> None:
+    exact, bound = ("amax", "mxfp8", "e4m3"), ("amax_bound", "mxfp8", "e4m3")
+    logged(tmp_path, {exact: 1.0, bound: 1.75}, {exact: 1.5, bound: 1.75})
+    (effect,) = effects(store.read(tmp_path))
+    assert not effect.bound
+    assert effect.amax == (1.0, 1.5)
+
+
+def test_after_a_change_of_the_recipe_the_effect_is_that_of_the_last_one(tmp_path: Path) -> None:
+    delayed = {("amax", "delayed", "e4m3"): 8.0, ("scale", "delayed", "e4m3"): 56.0}
+    mxfp8 = {("amax_bound", "mxfp8", "e4m3"): 2.0}
+    logged(tmp_path, delayed, mxfp8, mxfp8)
+    (effect,) = effects(store.read(tmp_path))
+    assert (effect.recipe, effect.steps, effect.amax) == ("mxfp8", (2, 3), (2.0, 2.0))
+    assert effect.scale is None
+
+
+def test_what_another_recipe_would_do_is_no_effect(tmp_path: Path) -> None:
+    logged(tmp_path, {("amax", "mxfp8", "e4m3"): 2.0, ("whatif/nvfp4/sqnr", "nvfp4", "e2m1"): 20.0})
+    (effect,) = effects(store.read(tmp_path))
+    assert (effect.recipe, effect.format, effect.amax) == ("mxfp8", "e4m3", (2.0,))
 
 
 def test_a_large_model_is_shown_in_one_row_a_kind(tmp_path: Path) -> None:

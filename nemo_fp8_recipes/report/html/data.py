@@ -12,7 +12,7 @@ import numpy as np
 
 from nemo_fp8_recipes.report.effect import operand_order
 from nemo_fp8_recipes.report.run import Run
-from nemo_fp8_recipes.telemetry.series import FP8_MAX
+from nemo_fp8_recipes.telemetry.series import FP8_MAX, WHATIF
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,8 +93,11 @@ def matrices(table: pa.Table, order: Sequence[str] = (), *, max_columns: int = M
         worst.at(matrix, (operand[rows], column[rows]), values[rows].astype(np.float32))
         stats[stat] = matrix
 
+    # A row of a what-if names the recipe that it asks about: it sorts before those of the recipe itself.
+    asked = np.asarray([stat.startswith(f"{WHATIF}/") for stat in columns["stat"].names], dtype=bool)
+    own = ~asked[columns["stat"].codes] if len(asked) else np.zeros(0, dtype=bool)
     last_row: dict[int, int] = {}
-    for row in np.argsort(step_of_row, kind="stable"):
+    for row in np.lexsort((step_of_row, own)):
         last_row[int(operand[row])] = int(row)
     return Matrices(
         operands=tuple(names[index] for index in ranked),

@@ -78,7 +78,8 @@ class AlertsConfig:
     callback: str | None = None
     """`package.module:function`, called with the alerts of a step on every rank."""
     quiet: int = 10
-    """Logging steps that a tensor must keep a rule before it is reported for it again."""
+    """Logging steps, of those that have the rule's statistics, in which a tensor must keep the rule before it
+    is reported for it again."""
     custom: dict[str, LimitRule] = field(default_factory=dict)
     """Rules of the user's own, by name."""
 
@@ -154,6 +155,15 @@ def _check_message(name: str, message: str) -> None:
         raise ConfigError(
             f"{key} contains {{{unknown}}}, which there is not.", key=key, value=unknown, allowed=FIELDS
         )
+    try:
+        message.format(**{**dict.fromkeys(FIELDS, ""), "step": 1})
+    except (ValueError, KeyError, IndexError) as error:
+        raise ConfigError(
+            f"{key} cannot be formatted: {error}.",
+            key=key,
+            value=message,
+            hint="Fields are text that is formatted already: write {value}, not {value:.2f}.",
+        ) from error
 
 
 def _out_of_range(name: str, value: object, allowed: str) -> ConfigError:

@@ -40,6 +40,7 @@ class Watch:
         self._checks = checks(config, amax_reduced=amax_reduced) if config.enabled else {}
         self._table = OperandTable()
         self._count = 0
+        self._looks: dict[str, int] = dict.fromkeys(self._checks, 0)
         self._violated: dict[str, np.ndarray] = {}
         self._waiting = set(self._checks)
 
@@ -54,6 +55,8 @@ class Watch:
             if not check.applies(columns):
                 continue
             self._waiting.discard(name)
+            # A step without the rule's statistics says nothing about whether a tensor keeps it.
+            self._looks[name] += 1
             finding = check.check(columns)
             new = self._new(name, finding.violated)
             if new.any():
@@ -78,12 +81,12 @@ class Watch:
             check.forget()
 
     def _new(self, name: str, violated: np.ndarray) -> np.ndarray:
-        """Which operands began to violate the rule: they kept it for `quiet` logging steps."""
+        """Which operands began to violate the rule: they kept it in `quiet` steps that had what it needs."""
         never = -self._config.quiet - 1
         last = self._violated.get(name, np.zeros(0, dtype=np.int64))
         last = np.concatenate([last, np.full(len(violated) - len(last), never, dtype=np.int64)])
-        new: np.ndarray = violated & (self._count - last > self._config.quiet)
-        last[violated] = self._count
+        new: np.ndarray = violated & (self._looks[name] - last > self._config.quiet)
+        last[violated] = self._looks[name]
         self._violated[name] = last
         return new
 

@@ -33,6 +33,15 @@ def test_what_comes_back_soon_is_the_same_event() -> None:
     assert [alert.step for alert in alerts(steps({"amax": loud}), rules)] == [20, 90]
 
 
+def test_steps_without_the_statistic_are_no_steps_in_which_the_rule_was_kept() -> None:
+    rules = only("", quiet=2, custom={"lost": {"stat": "underflow", "above": 0.5, "message": "-"}})
+    given = steps({"amax": [1.0] * 12})
+    for index, fraction in ((0, 0.9), (5, 0.9), (11, 0.9)):
+        (given[index],) = steps({"underflow": [fraction]})
+        given[index] = dataclasses.replace(given[index], step=10 * (index + 1))
+    assert [alert.step for alert in alerts(given, rules)] == [10]
+
+
 def test_a_resumed_run_is_looked_at_anew() -> None:
     watch = Watch(only("", custom={"loud": {"stat": "amax", "above": 5.0, "message": "-"}}))
     first, second, third = steps({"amax": [9.0, 9.0, 9.0]})
@@ -89,6 +98,9 @@ def test_every_default_message_says_what_to_do() -> None:
     [
         ({"saturation": {"message": "{tensr}"}}, "contains {tensr}"),
         ({"saturation": {"message": "{module"}}, "cannot be formatted"),
+        ({"saturation": {"message": "{value:.2f}"}}, "write {value}, not {value:.2f}"),
+        ({"saturation": {"message": "{value!x}"}}, "cannot be formatted"),
+        ({"saturation": {"message": "{module:{foo}}"}}, "cannot be formatted"),
         ({"saturation": {"action": "halt"}}, "Allowed: warn, checkpoint, stop"),
         ({"saturaton": {}}, "Did you mean 'saturation'?"),
         ({"quiet": 0}, "alerts.quiet=0"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemo_fp8_recipes import emulation, preflight
 from nemo_fp8_recipes.errors import Fp8Error, InjectionError
@@ -31,11 +31,11 @@ from nemo_fp8_recipes.injection import (
     gather,
     inject,
     manifest,
+    megatrons_module_recipes,
     require_quantized,
     set_fields,
     switch,
 )
-from nemo_fp8_recipes.injection.module_names import model_chunks
 from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from nemo_fp8_recipes.recipes.schedule import Schedule
 
@@ -48,9 +48,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Fp8Run", "StepRecorder"]
 
+T = TypeVar("T")
+
 
 class StepRecorder(Protocol):
-    """What is told about every step: `telemetry.Recorder` is one."""
+    """What is told about every step: `telemetry.Recorder` is one.
+
+    Attributes:
+        quantises: set before every `end_step`: whether the recipe of that step quantises anything.
+    """
+
+    quantises: bool
 
     def begin_step(self, step: int) -> None: ...
 
@@ -237,6 +245,7 @@ class Fp8Run:
             self._prove()
             self.proven_at = step
         if self.recorder is not None:
+            self.recorder.quantises = self.recipe.precision != "bf16"
             self.recorder.end_step(step, metrics)
 
     def _prove(self) -> None:
@@ -251,6 +260,9 @@ class Fp8Run:
                 f"history. Call reset_quantization_state(model) when a model returns to delayed scaling."
             )
         merged: Manifest | None = None
+        megatrons: dict[str, str] = {}
+        for part in _of_all_ranks(megatrons_module_recipes(self._model)):
+            megatrons.update(part)
         try:
             merged = gather(found)
             if merged is not None:
@@ -258,7 +270,7 @@ class Fp8Run:
                     merged,
                     self.recipe,
                     modules=self.modules,
-                    modules_differ=_has_module_overrides(self._model),
+                    megatrons=megatrons,
                 )
         except Fp8Error as error:
             problem = problem or str(error)
@@ -286,19 +298,15 @@ def _first_problem(problem: str | None) -> str | None:
     """The problem of the lowest rank that has one, on every rank: all stop together, none waits for the
     others.
     """
+    return next((found for found in _of_all_ranks(problem) if found is not None), None)
+
+
+def _of_all_ranks(mine: T) -> list[T]:
+    """What each rank has, in their order. Collective."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return problem
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found is not None), None)
-
-
-def _has_module_overrides(model: Model) -> bool:
-    """Whether Megatron's precision config gives single modules a recipe of their own."""
-    return any(
-        getattr(chunk.config, "quant_recipe", None)
-        for chunk in model_chunks(model)
-        if hasattr(chunk, "config")
-    )
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

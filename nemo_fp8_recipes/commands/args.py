@@ -64,6 +64,13 @@ def run(arguments: list[str]) -> int:
             hint="nemo-fp8 train takes a schedule; with Megatron-LM, resume with the flags of the other "
             "recipe.",
         )
+    if composed.recipe_modules:
+        raise ConfigError(
+            "recipe_modules cannot be handed to Megatron-LM as it is: it reads them from a file.",
+            key="recipe_modules",
+            value=list(composed.recipe_modules),
+            hint="Give each as --module 'GLOB=RECIPE', and the file as --precision-config FILE.",
+        )
     made = settings(recipe, route=_route(flags), experts=_has_experts(composed))
     modules = [ModuleRecipe.parse(text) for text in options.get("--module", ())]
     content = precision_config(recipe, modules)
@@ -116,7 +123,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         OmegaConf.create(content)
     )
     if path.exists():
-        if path.is_file() and path.read_text() == text:
+        if path.is_file() and path.read_bytes() == text.encode():
             return
         raise ConfigError(
             f"--precision-config {path} exists and holds something else.",

@@ -6,7 +6,7 @@ from nemo_fp8_recipes.injection.across_ranks import gather, merge
 from nemo_fp8_recipes.injection.config_check import check_config, check_kind
 from nemo_fp8_recipes.injection.context import Injection, inject
 from nemo_fp8_recipes.injection.model_check import check_model
-from nemo_fp8_recipes.injection.module_recipes import assign_module_recipes
+from nemo_fp8_recipes.injection.module_recipes import assign_module_recipes, megatrons_module_recipes
 from nemo_fp8_recipes.injection.plain_te import autocast
 from nemo_fp8_recipes.injection.read_back import manifest
 from nemo_fp8_recipes.injection.rows import Difference, Manifest, ManifestRow, OperandRow
@@ -32,6 +32,7 @@ __all__ = [
     "gather",
     "inject",
     "manifest",
+    "megatrons_module_recipes",
     "merge",
     "require_quantized",
     "reset_quantization_state",

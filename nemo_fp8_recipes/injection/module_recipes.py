@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
     from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 
-__all__ = ["assign_module_recipes"]
+__all__ = ["assign_module_recipes", "megatrons_module_recipes"]
 
 
 def assign_module_recipes(
@@ -50,7 +50,7 @@ def assign_module_recipes(
             value=str(modules[0]),
             hint="Install megatron-core 0.16 or newer.",
         ) from error
-    if any(getattr(getattr(chunk, "config", None), "quant_recipe", None) for chunk in model_chunks(model)):
+    if _in_config(model):
         raise InjectionError(
             "Megatron's config names recipes for single modules already (quant_recipe).",
             key=modules[0].key,
@@ -73,3 +73,25 @@ def assign_module_recipes(
             if entry.matches(named.path):
                 named.module.te_quant_params = params
                 break
+
+
+def megatrons_module_recipes(model: nn.Module | Sequence[nn.Module]) -> dict[str, str]:
+    """Module -> recipe in training, of the modules to which Megatron's config (`quant_recipe`) gives one.
+
+    The name is the canonical one, as Megatron's own; "bf16", or "custom" for a factory of the user's.
+    """
+    if not _in_config(model):
+        return {}
+    found = {}
+    for named in named_modules(model):
+        params = getattr(named.module, "te_quant_params", None)
+        if params is not None:
+            training = params.training_recipe
+            name = training.fp8_quantization_recipe or training.fp4_quantization_recipe or "bf16"
+            found[named.path] = str(getattr(name, "value", name))
+    return found
+
+
+def _in_config(model: nn.Module | Sequence[nn.Module]) -> bool:
+    """Whether Megatron's precision config gives single modules a recipe of their own."""
+    return any(getattr(getattr(chunk, "config", None), "quant_recipe", None) for chunk in model_chunks(model))

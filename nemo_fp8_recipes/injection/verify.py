@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ def require_quantized(
     recipe: Recipe,
     *,
     modules: Sequence[ModuleRecipe] = (),
-    modules_differ: bool = False,
+    megatrons: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse a model that does not do what the recipe says.
 
@@ -68,8 +68,8 @@ def require_quantized(
         manifest: what was found.
         recipe: what was asked for.
         modules: what was asked for of single modules instead.
-        modules_differ: single modules were asked for another recipe, so one that is quantised otherwise is no
-            complaint.
+        megatrons: module -> recipe that Megatron's own precision config gives it, by canonical name or
+            "custom": being quantised by that one is no complaint.
 
     Raises:
         InjectionError: a quantised recipe was asked for and no module is quantised, a row disagrees with the
@@ -94,9 +94,11 @@ def require_quantized(
             hint=_advice(manifest),
         )
     found = complaints(manifest, recipe, modules)
-    if modules_differ:
-        others = {row.module for row in manifest.quantized() if row.recipe != recipe.name}
-        found = tuple(complaint for complaint in found if complaint.module not in others)
+    if megatrons:
+        agree = {
+            row.module for row in manifest.quantized() if megatrons.get(row.module) in (row.recipe, "custom")
+        }
+        found = tuple(complaint for complaint in found if complaint.module not in agree)
     if found:
         raise InjectionError(
             f"The model does not do what fp8_recipe={recipe.name} says: {_summary(found)}.",

@@ -88,6 +88,11 @@ class Recorder:
         self._recording: int | None = None
         self._in_flight: tuple[int, InFlight] | None = None
         self._since_flush = 0
+        self.quantises = True
+        """Whether the recipe of the step that ends quantises anything; where not, seeing nothing is
+        expected.
+        """
+        self._nothing_expected = False
         self._warned_empty = False
 
     @property
@@ -122,6 +127,7 @@ class Recorder:
         """
         if self._observer is not None and self._recording == step:
             self._recording = None
+            self._nothing_expected = not self.quantises
             reading = self._observer.end()
             kind = "stats" if self.reads_tensors(step) else ""
             self._in_flight = (step, self._exchange.start(reading, self._device, kind=kind))
@@ -171,16 +177,17 @@ class Recorder:
             return
         step, in_flight = self._in_flight
         self._in_flight = None
-        found = in_flight.result(collective=collective)
+        complete = collective or self._exchange.alone
+        found = in_flight.result(collective=complete)
         values = self._watched(step, found) if self._sinks or self._watch is not None else None
-        if self._on_alert is not None and (collective or self._exchange.alone):
+        if self._on_alert is not None and complete:
             mine = values.alerts if values is not None else ()
             alerts = self._exchange.same_everywhere(mine, self._device)
             if alerts:
                 self._on_alert(alerts)
         if values is None:
             return
-        if not found and not self._warned_empty:
+        if not found and complete and not self._nothing_expected and not self._warned_empty:
             self._warned_empty = True
             logger.warning(
                 "Telemetry saw no quantised tensor in step %d. Modules in high precision have none; what a "

@@ -28,12 +28,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.told: list[tuple] = []
+        self.quantising: list[bool] = []
 
     def begin_step(self, step):
         self.told.append(("begin", step))
 
     def end_step(self, step, metrics):
         self.told.append(("end", step, dict(metrics)))
+        self.quantising.append(self.quantises)
 
     def close(self):
         self.told.append(("close",))
@@ -83,6 +85,16 @@ def test_telemetry_is_attached_to_the_model_and_told_every_step():
         ("end", 2, {"loss": 1.0}),
         ("close",),
     ]
+
+
+def test_telemetry_is_told_whether_the_recipe_of_a_step_quantises():
+    recorder = Recorder()
+    for recipe in (MXFP8, recipes.load("bf16")):
+        with Fp8Run(recipe, telemetry=lambda model: recorder) as run:
+            model = gpt.build(gpt.config_of(recipe))
+            run.model_built(model)
+            step(run, model, 1)
+    assert recorder.quantising == [True, False]
 
 
 def test_an_error_closes_telemetry_and_restores_megatron():

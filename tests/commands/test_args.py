@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,7 @@ def test_names_of_other_tools_are_said_what_they_became(capsys: pytest.CaptureFi
         (["--precision-config", "x.yaml"], "needs --module"),
         (["--module"], "needs a value"),
         (["recipe_schedule=[{recipe: bf16, to_step: 5}]"], "one recipe from the first step"),
+        (["recipe_modules=[{modules: '*fc2', recipe: bf16}]"], "Give each as --module"),
         (["--josn"], "Did you mean '--json'?"),
         (
             [
@@ -99,6 +101,17 @@ def test_errors_are_one_sentence_and_print_no_settings(
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.out == ""
+
+
+def test_a_file_that_holds_something_else_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "precision.yaml"
+    there.write_bytes(b"\xff\xfe no text")
+    arguments = ["--module", "*fc2=bf16", "--precision-config", str(there)]
+    assert main(["args", "fp8_recipe=mxfp8", *arguments]) == 2
+    assert "exists and holds something else" in capsys.readouterr().err
+    assert there.read_bytes() == b"\xff\xfe no text"
 
 
 def test_no_torch_is_imported() -> None:

@@ -88,6 +88,15 @@ def test_a_quantised_gradient_contradicts_backward_override():
     ]
 
 
+def test_a_module_may_have_the_recipe_that_megatrons_config_gives_it_and_no_other():
+    found = Manifest((mxfp8_row("other"), mxfp8_row(FC1, recipe="blockwise")))
+    require_quantized(found, RECIPE, megatrons={FC1: "blockwise"})
+    require_quantized(found, RECIPE, megatrons={FC1: "custom"})
+    for megatrons in ({FC1: "tensorwise"}, {"other": "blockwise"}, {FC1: "bf16"}):
+        with pytest.raises(InjectionError, match=f"{FC1} is quantised by blockwise"):
+            require_quantized(found, RECIPE, megatrons=megatrons)
+
+
 def test_bf16_accepts_nothing_quantised():
     bf16 = recipes.load("bf16")
     require_quantized(Manifest((high_precision_row(FC1, "outside_context"),)), bf16)

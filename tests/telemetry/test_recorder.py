@@ -60,6 +60,43 @@ def recorder(
     return made, observed
 
 
+class NothingObserved(Observed):
+    """Sees no quantised tensor."""
+
+    def end(self) -> None:  # type: ignore[override]  # as the observer does then
+        super().end()
+
+
+@pytest.mark.parametrize(("quantising", "warned"), [((1, 2), [1]), ((2,), [2]), ((), [])])
+def test_seeing_nothing_is_a_warning_only_where_the_recipe_quantises(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, quantising: tuple[int, ...], warned: list[int]
+) -> None:
+    made, _ = recorder(tmp_path)
+    made._observer = NothingObserved()  # type: ignore[assignment]  # as above
+    for step in (1, 2, 3):
+        made.begin_step(step)
+        made.quantises = step in quantising
+        made.end_step(step)
+    made.quantises = True  # the next step's recipe says nothing about the last one
+    made.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(warned)
+    assert all(f"no quantised tensor in step {step}" in "".join(said) for step in warned)
+
+
+def test_what_is_seen_first_in_the_last_step_is_kept(tmp_path: Path) -> None:
+    """The layout of the steps before it has no place for it."""
+    made, observed = recorder(tmp_path)
+    made._observer = NothingObserved()  # type: ignore[assignment]  # as above
+    made.quantises = False
+    train(made, 1, 1)
+    made._observer = observed  # type: ignore[assignment]  # as above
+    made.quantises = True
+    train(made, 2, 2)
+    made.close()
+    assert steps_in(tmp_path) == [2]
+
+
 def steps_in(run_dir: Path) -> list[int]:
     return sorted(store.read(run_dir).column("step").to_pylist())
 

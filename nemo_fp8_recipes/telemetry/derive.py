@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nemo_fp8_recipes.telemetry.found import Found
 from nemo_fp8_recipes.telemetry.probes.base import ReadingSpec
 from nemo_fp8_recipes.telemetry.series import FP8_MAX, STATS, WHATIF, Series, StepValues
 
@@ -20,7 +21,7 @@ _SMALLEST_VARIANCE = 2.0**-20
 Formula = Callable[..., np.ndarray]
 
 
-def derive(step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
+def derive(step: int, found: Found) -> StepValues:
     """The values of a step, fp32; docs/schemas/telemetry.md has the formulas.
 
     An amax that Transformer Engine does not keep is computed from the scale it led to: fp8_max x scale_inv.
@@ -28,15 +29,10 @@ def derive(step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
     two (tensorwise), else an upper bound below twice the amax (`amax_bound`). A tensor of zeros, and one
     whose amax is not finite, has the scale 1 there, and shows fp8_max.
     """
-    windows = {}
-    specs = []
-    for spec, value in found.items():
-        if spec.name in STATS and STATS[spec.name].windowed:
-            windows[Series(spec.module, spec.tensor, spec.name, spec.recipe, spec.format)] = value
-        else:
-            specs.append(spec)
-    plan = _plan(tuple(specs))
-    read = np.fromiter((found[spec][0] for spec in specs), dtype=np.float32, count=len(specs))
+    plan = _plan(found.specs)
+    read = found.numbers
+    windows = {series: read[index : index + 1] for series, index in plan.windows}
+    windows.update((_series(spec), window) for spec, window in found.windows.items())
     with np.errstate(all="ignore"):
         parts = [
             np.asarray(group.formula(group.largest, *(read[index] for index in group.arguments)), np.float32)
@@ -65,17 +61,23 @@ class _Plan(NamedTuple):
     Attributes:
         series: names of the values, group by group.
         groups: how they are computed.
+        windows: windows of one number, and the positions of their readings.
     """
 
     series: tuple[Series, ...]
     groups: tuple[_Group, ...]
+    windows: tuple[tuple[Series, int], ...]
 
 
 @functools.lru_cache(maxsize=16)
 def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
     places: dict[tuple[str, str, str, str, bool], dict[str, int]] = defaultdict(dict)
     powers_of_two = set()
+    windows = []
     for place, spec in enumerate(specs):
+        if spec.name in STATS and STATS[spec.name].windowed:
+            windows.append((_series(spec), place))
+            continue
         operand = (spec.module, spec.tensor, spec.recipe, spec.format, spec.whatif)
         places[operand][spec.name] = place
         if spec.power_of_two:
@@ -95,7 +97,14 @@ def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
         )
         for formula, those in members.items()
     )
-    return _Plan(tuple(series for those in members.values() for series, _, _ in those), groups)
+    series = tuple(series for those in members.values() for series, _, _ in those)
+    return _Plan(series, groups, tuple(windows))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _series(spec: ReadingSpec) -> Series:
+    """The series of a reading that is a statistic as it is."""
+    return Series(spec.module, spec.tensor, spec.name, spec.recipe, spec.format)
 
 
 def _statistics(

@@ -19,7 +19,7 @@ the others do not carry its empty places.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fp8_recipes.telemetry.found import Found
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
@@ -38,6 +39,7 @@ RANGED = "scale"
 _ABSENT = -(2**31)
 _NAN = 2**31 - 1
 _AVERAGES = ("mean", "rms")
+_MAX_SELECTIONS = 64
 
 
 def encode(values: Tensor, minimum: Tensor) -> Tensor:
@@ -70,6 +72,10 @@ class _Layout:
         averages: the specs whose ranks are averaged; they have a place for each rank.
         rooted: bool (averages,), where it is the root of the mean square.
         average_places: int64 (averages, ranks).
+        others: the other specs.
+        other_places: int64 (others,), the first place of each.
+        ranged: int64, positions among `others` of those with a minimum and a maximum.
+        selections: what was found of it in earlier steps, see `selection`.
     """
 
     specs: tuple[ReadingSpec, ...]
@@ -79,6 +85,10 @@ class _Layout:
     averages: tuple[ReadingSpec, ...]
     rooted: np.ndarray
     average_places: np.ndarray
+    others: tuple[ReadingSpec, ...]
+    other_places: np.ndarray
+    ranged: np.ndarray
+    selections: dict[bytes, _Selection] = field(default_factory=dict)
 
     @classmethod
     def of(cls, specs: Sequence[ReadingSpec], world_size: int) -> _Layout:
@@ -97,10 +107,57 @@ class _Layout:
         averages = tuple(spec for spec in ordered if spec.combine in _AVERAGES)
         rooted = np.asarray([spec.combine == "rms" for spec in averages], dtype=bool)
         first = np.asarray([starts[spec] for spec in averages], dtype=np.int64)
-        return cls(ordered, starts, place, minimum, averages, rooted, first[:, None] + np.arange(world_size))
+        others = tuple(spec for spec in ordered if spec.combine not in _AVERAGES)
+        return cls(
+            ordered,
+            starts,
+            place,
+            minimum,
+            averages,
+            rooted,
+            first[:, None] + np.arange(world_size),
+            others,
+            np.asarray([starts[spec] for spec in others], dtype=np.int64),
+            np.asarray([index for index, spec in enumerate(others) if _ranged(spec)], dtype=np.int64),
+        )
 
-    def averaged(self, places: np.ndarray, values: np.ndarray) -> dict[ReadingSpec, np.ndarray]:
-        """The averages over the ranks that have a value, fp64 inside; specs that none has are left out."""
+    def found(self, places: np.ndarray) -> Found:
+        """The values in the places; specs that no rank had are left out."""
+        values = decode(places, self.minimum)
+        mean, averaged = self._averaged(places, values)
+        present = places[self.other_places] != _ABSENT
+        smallest = self.other_places[self.ranged]
+        differs = present[self.ranged] & (values[smallest] != values[smallest + 1])
+        key = np.concatenate([averaged, present, differs]).tobytes()
+        selection = self.selections.get(key)
+        if selection is None:
+            if len(self.selections) >= _MAX_SELECTIONS:
+                self.selections.clear()
+            selection = self.selections[key] = self._selection(averaged, present, differs)
+        windows = {spec: values[place : place + spec.length] for spec, place in selection.windows}
+        return Found(selection.specs, np.concatenate([values, mean])[selection.positions], windows)
+
+    def _selection(self, averaged: np.ndarray, present: np.ndarray, differs: np.ndarray) -> _Selection:
+        """What is there, from bool (averages,), (others,) and (ranged,)."""
+        there = [(self.averages[index], self.size + index) for index in np.flatnonzero(averaged).tolist()]
+        apart = set(self.ranged[differs].tolist())
+        for index in np.flatnonzero(present).tolist():
+            spec, place = self.others[index], int(self.other_places[index])
+            there.append((spec, place))
+            if index in apart:
+                largest = spec._replace(name=f"{spec.name}_max", combine="max")
+                there.append((largest, place + spec.length))
+        numbers = [(spec, place) for spec, place in there if spec.length == 1]
+        return _Selection(
+            tuple(spec for spec, _ in numbers),
+            np.asarray([place for _, place in numbers], dtype=np.int64),
+            tuple((spec, place) for spec, place in there if spec.length != 1),
+        )
+
+    def _averaged(self, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The averages over the ranks that have a value, fp64 inside, as fp32 (averages,); and which of them
+        any rank has.
+        """
         here = values[self.average_places].astype(np.float64)
         present = places[self.average_places] != _ABSENT
         number = present.sum(axis=1)
@@ -108,7 +165,22 @@ class _Layout:
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.where(present, powers, 0.0).sum(axis=1) / number
             mean = np.where(self.rooted, np.sqrt(mean), mean).astype(np.float32)
-        return {spec: mean[index : index + 1] for index, spec in enumerate(self.averages) if number[index]}
+        return mean, number > 0
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The part of a layout that a step had: the same in most steps.
+
+    Attributes:
+        specs: those of one number.
+        positions: int64 (specs,), where it is in the places and, after them, the averages.
+        windows: the longer ones, each with its first place.
+    """
+
+    specs: tuple[ReadingSpec, ...]
+    positions: np.ndarray
+    windows: tuple[tuple[ReadingSpec, int], ...]
 
 
 @dataclass(frozen=True)
@@ -140,7 +212,7 @@ class InFlight:
         self._host = host
         self._event = event
 
-    def result(self, *, collective: bool = True) -> dict[ReadingSpec, np.ndarray]:
+    def result(self, *, collective: bool = True) -> Found:
         """What all ranks read in the step: fp32 (length,) for each spec. Empty on ranks that do not write.
 
         Args:
@@ -171,6 +243,7 @@ class Exchange:
         self._writer = writer
         self._indices = IndexCache()
         self._known: dict[str, set[ReadingSpec]] = {}
+        self._last: dict[str, tuple[ReadingSpec, ...]] = {}
         self._layouts: dict[str, _Layout] = {}
         self._plans: dict[int, tuple[_Layout, tuple[ReadingSpec, ...], _Plan]] = {}
         self._source: int | None = None
@@ -189,7 +262,10 @@ class Exchange:
             device: where the model is.
             kind: of the step, the same on every rank; steps of one kind read the same things.
         """
-        self._known.setdefault(kind, set()).update(reading.specs if reading is not None else ())
+        specs = reading.specs if reading is not None else ()
+        if self._last.get(kind) is not specs:
+            self._known.setdefault(kind, set()).update(specs)
+            self._last[kind] = specs
         layout = self._layouts.get(kind)
         if layout is None:
             layout = self._agree(kind)
@@ -204,7 +280,7 @@ class Exchange:
         event.record()
         return InFlight(self, kind, reading, host, event)
 
-    def combine_anew(self, reading: Reading | None, kind: str) -> dict[ReadingSpec, np.ndarray]:
+    def combine_anew(self, reading: Reading | None, kind: str) -> Found:
         """Agree on a layout that holds everything, and combine with it. Every rank calls this together."""
         layout = self._agree(kind)
         device = reading.values.device if reading is not None else self._device()
@@ -235,22 +311,12 @@ class Exchange:
         rank = int(mine) % self._world_size  # nobody writes: rank 0 says that there is nothing
         return rank if self._group is None else int(dist.get_global_rank(self._group, rank))
 
-    def take(self, places: np.ndarray, kind: str) -> dict[ReadingSpec, np.ndarray]:
+    def take(self, places: np.ndarray, kind: str) -> Found:
         """The values in the places of the layout; specs that no rank had in this step are left out."""
         layout = self._layouts.get(kind)
         if layout is None or not self._writer:
-            return {}
-        minimum = layout.minimum
-        values = decode(places, minimum)
-        found = layout.averaged(places, values)
-        for spec, start in layout.starts.items():
-            if spec.combine not in _AVERAGES and places[start] != _ABSENT:
-                end = start + spec.length
-                found[spec] = values[start:end]
-                if _ranged(spec) and values[end] != values[start]:
-                    largest = spec._replace(name=f"{spec.name}_max", combine="max")
-                    found[largest] = values[end : end + spec.length]
-        return found
+            return Found.nothing()
+        return layout.found(places)
 
     def _agree(self, kind: str) -> _Layout:
         known = self._known[kind]

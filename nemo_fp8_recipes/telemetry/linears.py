@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_fp8_recipes.injection.module_names import named_modules
 from nemo_fp8_recipes.injection.peers import derives_from
@@ -24,8 +24,7 @@ _FORWARD_SIZE = 3
 _BACKWARD_SIZE = 2
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """One operand of one GEMM: a row of the telemetry.
 
     Attributes:
@@ -92,7 +91,7 @@ class Linear:
         """Whether the weight parameter itself is quantised, and so changes with the optimizer step."""
         return any(
             derives_from(parameter, "transformer_engine", "QuantizedTensorStorage")
-            for parameter in self.module.parameters(recurse=False)
+            for parameter in self.module._parameters.values()
         )
 
 

@@ -86,6 +86,10 @@ class Observer:
         self._measured: set[Operand] = set()
         self._primary_read = False
         self._stats = False
+        self._joined: dict[bool, tuple[tuple[tuple[ReadingSpec, ...], ...], tuple[ReadingSpec, ...]]] = {}
+        """What the readings were of in the last step of each kind, apart and one after the other: mostly the
+        same tuple again.
+        """
         self._seam = BindingSeam(
             {
                 **{name: functools.partial(self._quantising, name) for name in QUANTISING},
@@ -131,10 +135,11 @@ class Observer:
             readings = [reading for end in ends if (reading := end()) is not None]
         if not readings:
             return None
-        return Reading(
-            tuple(spec for reading in readings for spec in reading.specs),
-            torch.cat([reading.values for reading in readings]),
-        )
+        parts = tuple(reading.specs for reading in readings)
+        joined = self._joined.get(self._stats)
+        if joined is None or joined[0] != parts:
+            joined = self._joined[self._stats] = (parts, tuple(spec for part in parts for spec in part))
+        return Reading(joined[1], torch.cat([reading.values for reading in readings]))
 
     def abandon(self) -> None:
         """Leave Transformer Engine as it was, whatever state the step is in."""

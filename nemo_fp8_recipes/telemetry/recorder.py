@@ -30,10 +30,9 @@ from nemo_fp8_recipes.telemetry.sinks.base import Sink
 from nemo_fp8_recipes.telemetry.sinks.guard import GuardedSink
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
-    from nemo_fp8_recipes.telemetry.probes.base import ReadingSpec
+    from nemo_fp8_recipes.telemetry.found import Found
     from nemo_fp8_recipes.telemetry.series import StepValues
 
 __all__ = ["Recorder"]
@@ -202,7 +201,7 @@ class Recorder:
             for sink in self._sinks:
                 sink.flush()
 
-    def _watched(self, step: int, found: Mapping[ReadingSpec, np.ndarray]) -> StepValues:
+    def _watched(self, step: int, found: Found) -> StepValues:
         """The values of a step with what the rules say about them, which the log shows at once."""
         values = derive(step, found)
         if self._watch is None:

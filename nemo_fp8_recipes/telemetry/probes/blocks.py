@@ -150,17 +150,7 @@ class BlockProbe(Probe):
         blocks = self._indices.on(counts.device, [self._blocks[slot] for slot in range(size)])
         table = torch.stack([*(read[name] for name, _ in _STATS), blocks.to(torch.float64)])
         values = table.index_select(1, self._indices.on(table.device, kept)).reshape(-1).to(torch.float32)
-        named: tuple[tuple[str, Combine], ...] = (
-            *((f"scale_inv_{name}", combine) for name, combine in _STATS),
-            ("blocks", "max"),
-        )
-        specs = tuple(
-            ReadingSpec(
-                operand.module, operand.tensor, name, self._recipe, fmt, combine, power_of_two=power_of_two
-            )
-            for name, combine in named
-            for operand, _, fmt, power_of_two in (self._operands[slot] for slot in kept)
-        )
+        specs = _specs(self._recipe, tuple(self._operands[slot] for slot in kept))
         self.begin()
         return Reading(specs, values)
 
@@ -207,7 +197,9 @@ class BlockProbe(Probe):
         waiting, self._waiting, self._waiting_blocks = self._waiting, [], 0
         flat = torch.cat([scales.flat for scales in waiting])
         if any(scales.flat.numel() != scales.blocks for scales in waiting):
-            flat = flat.index_select(0, self._indices.on(flat.device, _positions(waiting)))
+            grids = tuple((scales.grid, scales.flat.numel()) for scales in waiting)
+            index = self._indices.made(flat.device, grids, lambda: _positions(waiting))
+            flat = flat.index_select(0, index)
         lengths, slots = [scales.blocks for scales in waiting], [scales.slot for scales in waiting]
         if flat.dtype == torch.float32:
             self._reduce_exactly(flat, lengths, slots)
@@ -226,6 +218,20 @@ class BlockProbe(Probe):
         ]
         self._rows.append(torch.stack([*columns, index.to(torch.float64)], dim=1))
         self._row_slots.extend(slots)
+
+
+@functools.lru_cache(maxsize=16)
+def _specs(recipe: str, operands: tuple[tuple[Operand, bool, str, bool], ...]) -> tuple[ReadingSpec, ...]:
+    """What is read of `operands`, as `BlockProbe` keeps them: the same tuple for the same ones."""
+    named: tuple[tuple[str, Combine], ...] = (
+        *((f"scale_inv_{name}", combine) for name, combine in _STATS),
+        ("blocks", "max"),
+    )
+    return tuple(
+        ReadingSpec(operand.module, operand.tensor, name, recipe, fmt, combine, power_of_two=power_of_two)
+        for name, combine in named
+        for operand, _, fmt, power_of_two in operands
+    )
 
 
 def _positions(waiting: list[_Scales]) -> np.ndarray:

@@ -20,6 +20,7 @@ so that the next scale can be computed from it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,28 +164,44 @@ class DelayedProbe(Probe):
         """The readings of the slots in `found`: (GEMM, operand, slot in the concatenated buffers)."""
         assert buffers.amax is not None  # a buffer is created by its first update
         slots = self._indices.on(buffers.amax.device, [slot for _, _, slot in found])
-        specs: list[ReadingSpec] = []
-        parts: list[Tensor] = []
-        numbers: tuple[tuple[str, Combine, Tensor], ...] = (
-            ("amax", "max", buffers.amax),
-            ("scale", "min", buffers.scale),
-            ("scale_next", "min", torch.cat(buffers.scales)),
-            ("peak", "max", buffers.peak),
-        )
-        for name, combine, vector in numbers:
-            specs.extend(self._spec(linear, tensor, name, combine) for linear, tensor, _ in found)
-            parts.append(vector.index_select(0, slots))
+        vectors = {
+            "amax": buffers.amax,
+            "scale": buffers.scale,
+            "scale_next": torch.cat(buffers.scales),
+            "peak": buffers.peak,
+        }
+        parts = [vectors[name].index_select(0, slots) for name, _ in _NUMBERS]
         if self._history:
-            specs.extend(
-                self._spec(linear, tensor, "amax_history", "max", buffers.length)
-                for linear, tensor, _ in found
-            )
             parts.append(buffers.window().index_select(1, slots).t().reshape(-1))
-        return Reading(tuple(specs), torch.cat(parts))
+        formats: dict[tuple[str, str], str] = {}
+        for path, linear in {linear.path: linear for linear, _, _ in found}.items():
+            for tensor, quantizer in linear.quantizers():
+                formats[path, tensor] = element_format(quantizer)
+        operands = tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found)
+        return Reading(_specs(operands, buffers.length if self._history else 0), torch.cat(parts))
 
-    @staticmethod
-    def _spec(linear: Linear, tensor: str, name: str, combine: Combine, length: int = 1) -> ReadingSpec:
-        quantizer = dict(linear.quantizers())[tensor]
-        return ReadingSpec(
-            linear.path, tensor, name, "delayed", element_format(quantizer), combine, length=length
-        )
+
+_NUMBERS: tuple[tuple[str, Combine], ...] = (
+    ("amax", "max"),
+    ("scale", "min"),
+    ("scale_next", "min"),
+    ("peak", "max"),
+)
+"""What is read of each operand beside its window, and how ranks combine it."""
+
+
+@functools.lru_cache(maxsize=16)
+def _specs(operands: tuple[tuple[str, str, str], ...], window: int) -> tuple[ReadingSpec, ...]:
+    """What is read of operands (module, tensor, format): the same tuple for the same ones.
+
+    Args:
+        window: length of their windows; 0 where these are not read.
+    """
+    named = [(name, combine, 1) for name, combine in _NUMBERS]
+    if window:
+        named.append(("amax_history", "max", window))
+    return tuple(
+        ReadingSpec(module, tensor, name, "delayed", fmt, combine, length=length)
+        for name, combine, length in named
+        for module, tensor, fmt in operands
+    )

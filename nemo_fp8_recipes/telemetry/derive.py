@@ -97,8 +97,8 @@ def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
         )
         for formula, those in members.items()
     )
-    series = tuple(series for those in members.values() for series, _, _ in those)
-    return _Plan(series, groups, tuple(windows))
+    ordered = tuple(one for those in members.values() for one, _, _ in those)
+    return _Plan(ordered, groups, tuple(windows))
 
 
 @functools.lru_cache(maxsize=1 << 14)

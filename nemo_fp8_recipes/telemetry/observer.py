@@ -150,18 +150,22 @@ class Observer:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            given = [*args, *kwargs.values()]
+            given = (*args, *kwargs.values())
             pairs = _made(given, result)
-            # A tensor that is written again is a weight or a parameter, and its scale is read where it is
-            # kept.
-            written_again = any(is_quantized(argument) for argument in given)
-            made = [
-                _Made(known.operand, quantizer, tensor, written_again, position)
-                for position, (quantizer, tensor) in enumerate(pairs)
-                if (known := self._known(quantizer, tensor)) is not None and self._counts(known)
-            ]
+            if not pairs:
+                return result
+            made = []
+            for position, (quantizer, tensor) in enumerate(pairs):
+                known = self._known(quantizer, tensor)
+                if known is not None and self._counts(known):
+                    # A tensor that is written again is a weight or a parameter, and its scale is read where
+                    # it is kept.
+                    again = any(map(is_quantized, given))
+                    made.append(_Made(known.operand, quantizer, tensor, again, position))
             for one in made:
                 self._quantised(one)
+            if not (self._stats or self._whatif.chosen):
+                return result
             reread = [one for one in made if self._is_reread(one.operand)]
             if reread:
                 found = sources(name, original, args, kwargs, len(pairs))
@@ -224,11 +228,13 @@ class Observer:
         return None
 
     def _know_quantizers(self) -> None:
-        self._operands = {
-            id(quantizer): _Known(quantizer, linear, Operand(linear.path, tensor))
-            for linear in self._linears
-            for tensor, quantizer in linear.quantizers()
-        }
+        known, self._operands = self._operands, {}
+        for linear in self._linears:
+            for tensor, quantizer in linear.quantizers():
+                one = known.get(id(quantizer))
+                if one is None or one.kept is not quantizer or one.operand != (linear.path, tensor):
+                    one = _Known(quantizer, linear, Operand(linear.path, tensor))
+                self._operands[id(quantizer)] = one
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
         self._weights = {}
         if self._stats or self._whatif.chosen:
@@ -282,8 +288,12 @@ class Observer:
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:
     """Pairs of quantizer and the tensor it made, from arguments and result of a binding function."""
-    results = result if isinstance(result, (tuple, list)) else (result,)
-    made = [item for item in results if is_quantized(item)]
+    if is_quantized(result):
+        made = [result]
+    elif isinstance(result, (tuple, list)):
+        made = [item for item in result if is_quantized(item)]
+    else:
+        return []
     if not made:
         return []
     for argument in given:

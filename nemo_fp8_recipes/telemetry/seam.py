@@ -132,16 +132,25 @@ class BindingSeam:
 def is_quantizer(value: object) -> bool:
     """Whether `value` is one of Transformer Engine's quantizers."""
     kind: Any = type(value)
-    return _derives(kind, "Quantizer")
+    return _is_quantizer(kind)
 
 
 def is_quantized(value: object) -> bool:
     """Whether `value` is one of Transformer Engine's quantised tensors, or the storage of one."""
     kind: Any = type(value)
-    return _derives(kind, "QuantizedTensorStorage")
+    return _is_quantized(kind)
 
 
 @functools.lru_cache(maxsize=1024)
+def _is_quantizer(kind: Hashable) -> bool:
+    return _derives(kind, "Quantizer")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_quantized(kind: Hashable) -> bool:
+    return _derives(kind, "QuantizedTensorStorage")
+
+
 def _derives(kind: Hashable, name: str) -> bool:
     return any(
         base.__name__ == name and base.__module__.startswith("transformer_engine")

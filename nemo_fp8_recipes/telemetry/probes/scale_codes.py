@@ -113,13 +113,17 @@ def histogram(
     """
     device = codes.device
     replicas = _REPLICAS.get(device.type, _REPLICAS_ELSEWHERE)
-    slot = torch.repeat_interleave(
-        indices.on(device, slots), indices.on(device, segments), output_size=codes.numel()
-    )
-    if replicas > 1:
+    if device.type == "cpu":  # elsewhere the memory of what is kept would count, and a kernel does not
+        key = ("histogram", tuple(slots), tuple(segments))
+        start = indices.made(device, key, lambda: np.repeat(np.asarray(slots, np.int64) * CODES, segments))
+        slot = start + codes
+    else:
+        slot = torch.repeat_interleave(
+            indices.on(device, slots), indices.on(device, segments), output_size=codes.numel()
+        )
         position = torch.arange(codes.numel(), device=device)
         slot = slot.mul_(replicas).add_(position.bitwise_and_(replicas - 1))
-    slot = slot.mul_(CODES).add_(codes)
+        slot = slot.mul_(CODES).add_(codes)
     counts = torch.zeros(size * replicas * CODES, dtype=torch.int32, device=device)
     counts.index_add_(0, slot, torch.ones((), dtype=torch.int32, device=device).expand(codes.numel()))
     return counts.view(size, replicas, CODES).sum(dim=1)

@@ -118,7 +118,9 @@ def attach(
         history=config.history,
         stats_every=config.stats_every,
         whatif=config.whatif,
-        watch=Watch(alerts, amax_reduced=reduces_amax(said)) if is_writer else None,
+        watch=Watch(alerts, amax_reduced=reduces_amax(said), reads_tensors=config.stats_every > 0)
+        if is_writer
+        else None,
         on_alert=on_alert if alerts.enabled else None,
     )
     recorder.directory = path

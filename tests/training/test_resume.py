@@ -79,7 +79,7 @@ def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(
         file.write(json.dumps({"step": step + 1, "loss": -1.0}) + "\n")
     resumed = train(path, *DELAYED, "training.save_every=1000", resume=True)
     assert f"after step {step} of {STEPS}" in resumed.output
-    assert resumed.errors == ""
+    assert [line for line in resumed.errors.splitlines() if not line.startswith("Alert ")] == []
     assert resumed.record["status"] == "finished"
     assert [found["step"] for found in resumed.record["resumes"]] == [step]
     assert_same_run(resumed, uninterrupted)

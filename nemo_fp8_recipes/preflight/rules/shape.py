@@ -71,17 +71,25 @@ def gemm_dimensions(job: PreflightInput) -> Iterator[Problem]:
         return
     capability = job.hardware.capability
     layout = BLACKWELL if capability is not None and any_gemm_layout(capability) else None
-    yield from _problems(job.recipe, layout, job.model, job.parallel)
+    yield from _problems(job.recipe, layout, job.model, job.parallel, job.elsewhere)
 
 
 @functools.lru_cache(maxsize=512)
 def _problems(
-    recipe: Recipe, layout: Capability | None, model: ModelShape, parallel: Parallel
+    recipe: Recipe,
+    layout: Capability | None,
+    model: ModelShape,
+    parallel: Parallel,
+    elsewhere: frozenset[str],
 ) -> tuple[Problem, ...]:
     """What is wrong on every GPU of this kind: of a GPU, GEMMs ask only which layouts it takes."""
     hardware = Hardware(capability=layout)
     return tuple(
-        _unmet_dimensions(PreflightInput(recipe=recipe, hardware=hardware, model=model, parallel=parallel))
+        _unmet_dimensions(
+            PreflightInput(
+                recipe=recipe, hardware=hardware, model=model, parallel=parallel, elsewhere=elsewhere
+            )
+        )
     )
 
 

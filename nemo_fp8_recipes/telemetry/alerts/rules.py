@@ -51,11 +51,13 @@ class RuleCheck:
         stats: statistics that the rule needs, one of them at least.
         limit: what a message says for `{limit}`.
         without: what to do when none of them is logged.
+        reads_tensors: they are of the tier that reads the tensors again.
     """
 
     stats: tuple[str, ...] = ()
     limit = 0.0
     without = ""
+    reads_tensors = False
 
     def check(self, columns: Columns) -> Finding:
         raise NotImplementedError
@@ -155,17 +157,21 @@ class ScaleLimit(RuleCheck):
 
 
 class Underflow(RuleCheck):
-    """Too many elements became zero."""
+    """Too many elements became zero. Delayed scaling's first cast, with the scale 1 that no amax has made, is
+    left out: every run has it.
+    """
 
     stats = ("underflow",)
     without = "It needs the statistics that read the tensors again: set telemetry.stats_every."
+    reads_tensors = True
 
     def __init__(self, rule: ThresholdRule) -> None:
         self.limit = rule.limit
 
     def check(self, columns: Columns) -> Finding:
         fraction = columns.get("underflow")
-        return Finding(fraction > self.limit, fraction)
+        first_cast = columns.table.of_recipe("delayed") & (columns.get("scale") == 1.0)
+        return Finding((fraction > self.limit) & ~first_cast, fraction)
 
 
 class AmaxGrowth(RuleCheck):

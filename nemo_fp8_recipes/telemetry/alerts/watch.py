@@ -33,16 +33,22 @@ class Watch:
     Args:
         config: which rules, and their limits.
         amax_reduced: see `rules.checks`.
+        reads_tensors: whether the run logs the statistics that read the tensors again, however seldom.
     """
 
-    def __init__(self, config: AlertsConfig, *, amax_reduced: bool = True) -> None:
+    def __init__(
+        self, config: AlertsConfig, *, amax_reduced: bool = True, reads_tensors: bool = False
+    ) -> None:
         self._config = config
         self._checks = checks(config, amax_reduced=amax_reduced) if config.enabled else {}
         self._table = OperandTable()
         self._count = 0
         self._looks: dict[str, int] = dict.fromkeys(self._checks, 0)
         self._violated: dict[str, np.ndarray] = {}
-        self._waiting = set(self._checks)
+        # A rule whose statistics come every telemetry.stats_every steps is not blind before they came.
+        self._waiting = {
+            name for name, check in self._checks.items() if not (reads_tensors and check.reads_tensors)
+        }
 
     def look(self, values: StepValues) -> tuple[Alert, ...]:
         """The alerts of a logging step; steps ascend."""

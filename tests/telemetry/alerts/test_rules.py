@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nemo_fp8_recipes.telemetry.alerts.watch import Watch
 from tests.telemetry.alerts.series import MODULE, alerts, only, steps
 
 INF, NAN = math.inf, math.nan
@@ -158,6 +159,20 @@ def test_without_the_statistic_the_rule_says_that_it_is_blind(caplog: pytest.Log
         "Alert rule underflow sees nothing. It needs the statistics that read the tensors again: set "
         "telemetry.stats_every."
     ]
+
+
+def test_delayed_scalings_first_cast_with_scale_one_is_no_alert() -> None:
+    given = {"amax": [1.0] * 2, "underflow": [0.9, 0.9], "scale": [1.0, 2.0]}
+    assert seen(alerts(steps(given, recipe="delayed"), only("underflow"))) == [(20, "underflow")]
+    assert seen(alerts(steps(given, recipe="tensorwise"), only("underflow"))) == [(10, "underflow")]
+
+
+def test_a_statistic_that_comes_seldom_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch(only("underflow"), reads_tensors=True)
+    for values in steps({"amax": [1.0] * 25}):
+        watch.look(values)
+    watch.report_blind()
+    assert caplog.records == []
 
 
 # -- amax_growth

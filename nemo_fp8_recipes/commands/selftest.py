@@ -49,6 +49,12 @@ def run(arguments: list[str]) -> int:
     flags, overrides = take_flags(rest, ("--json", *valued))
     if overrides:
         raise ConfigError(f"selftest takes no argument '{overrides[0]}'.", value=overrides[0])
+    if "--check" in options:
+        for other in ("--recipe", "--export"):
+            if other in options:
+                raise ConfigError(
+                    f"--check compares everything in its file, and takes no {other}.", key=other
+                )
     chosen = options.get("--recipe", list(RECIPES))
     for name in chosen:
         if name not in RECIPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from nemo_fp8_recipes.comparison.plan import flat
+from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.injection.rows import Manifest
 from nemo_fp8_recipes.report.run import Run, load
 from nemo_fp8_recipes.training.run_directory import RUN_FILE
@@ -22,6 +28,22 @@ __all__ = ["SCHEMA_VERSION", "Comparison", "Outcome", "compare"]
 SCHEMA_VERSION = 1
 LAST_PART = 0.1
 """Share of the steps, the last ones, over which the loss is averaged."""
+_DECIDING = ("model", "data", "training", "optimizer")
+_HARMLESS = {
+    *(f"{group}.name" for group in _DECIDING),
+    *(
+        f"training.{key}"
+        for key in (
+            "resume",
+            "stop_at_step",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+            "distributed_timeout_minutes",
+        )
+    ),
+}
+"""Keys of those groups that change no loss."""
 GEMMS = 3
 """GEMMs of a linear layer in a training step: fprop, dgrad, wgrad."""
 
@@ -93,10 +115,13 @@ class Comparison:
     Attributes:
         outcomes: the baseline first.
         baseline: its label; None where there is none.
+        unlike: keys of model, data, training and optimizer in which runs differ: what the table shows is then
+            not the recipes' doing alone.
     """
 
     outcomes: tuple[Outcome, ...]
     baseline: str | None
+    unlike: tuple[str, ...] = ()
 
     @property
     def emulated(self) -> bool:
@@ -109,6 +134,7 @@ class Comparison:
             "schema_version": SCHEMA_VERSION,
             "baseline": self.baseline,
             "emulated": self.emulated,
+            "unlike": list(self.unlike),
             "runs": [outcome.to_dict() for outcome in self.outcomes],
         }
 
@@ -133,7 +159,29 @@ def compare(runs: Mapping[str, tuple[str, Path]], baseline: str | None) -> Compa
             for label, (recipe, _) in runs.items()
         ),
         baseline,
+        _unlike([run.path for run in loaded.values() if run is not None]),
     )
+
+
+def _unlike(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The keys that decide about the losses and differ between the runs' configurations, where both say."""
+    configs = [_configuration(path / "config.yaml") for path in paths]
+    found = set()
+    for one, other in itertools.combinations(configs, 2):
+        found |= {
+            key
+            for key in one.keys() & other.keys()
+            if key.partition(".")[0] in _DECIDING and key not in _HARMLESS and one[key] != other[key]
+        }
+    return tuple(sorted(found))
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """Dotted key -> value; empty where the run has none, as one of Megatron-LM's own script."""
+    try:
+        return flat(OmegaConf.load(path)) if path.exists() else {}
+    except (OSError, ValueError, YAMLError) as error:
+        raise ReportError(f"{path} cannot be read: {error}", value=str(path)) from error
 
 
 def _outcome(label: str, run: Run, base: Run | None) -> Outcome:

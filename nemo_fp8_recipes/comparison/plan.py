@@ -17,7 +17,7 @@ from nemo_fp8_recipes.errors import ConfigError, Fp8Error, RunDirectoryError
 from nemo_fp8_recipes.training.job import check
 from nemo_fp8_recipes.training.run_directory import DEFAULT_PARENT, RUN_FILE, read_run
 
-__all__ = ["Plan", "Variant", "make_plan"]
+__all__ = ["Plan", "Variant", "flat", "make_plan"]
 
 BASELINE = "bf16"
 COMPARISON_FILE = "comparison.json"
@@ -216,7 +216,7 @@ def _same_configuration(variant: Variant) -> None:
     """A run that is there must be of this configuration: a table of unlike runs would compare nothing."""
     there = OmegaConf.load(variant.path / "config.yaml")
     now = OmegaConf.create(OmegaConf.to_yaml(variant.config, resolve=True))
-    old, new = _flat(there), _flat(now)
+    old, new = flat(there), flat(now)
     different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and not _may_differ(key))
     if different:
         key = different[0]
@@ -232,10 +232,11 @@ def _may_differ(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of a configuration."""
     if OmegaConf.is_dict(node):
         found: dict[str, Any] = {}
         for key in node:
-            found.update(_flat(node[key], f"{prefix}.{key}" if prefix else str(key)))
+            found.update(flat(node[key], f"{prefix}.{key}" if prefix else str(key)))
         return found
     return {prefix: OmegaConf.to_container(node) if OmegaConf.is_list(node) else node}

@@ -16,6 +16,8 @@ __all__ = ["render"]
 
 _STYLES = {"finished": "", "failed": "red", "interrupted": "yellow", "running": "cyan", "not started": "dim"}
 
+_SHOWN = 5
+
 
 def render(comparison: Comparison, console: Console) -> None:
     """Print the runs, one a row, and what the numbers are."""
@@ -69,9 +71,14 @@ def _numbers(outcome: Outcome, base: str | None, *, telemetry: bool) -> list[str
 
 
 def _legend(comparison: Comparison, *, telemetry: bool) -> list[str]:
-    lines = [
-        "loss: mean of the last tenth of the steps; differences are of the same steps on the same batches."
-    ]
+    lines = ["loss: mean of the last tenth of the steps; differences are of the same steps."]
+    if comparison.unlike:
+        more = len(comparison.unlike) - _SHOWN
+        lines.append(
+            f"The runs differ in {', '.join(comparison.unlike[:_SHOWN])}"
+            + (f" and {more} more keys" if more > 0 else "")
+            + ": what the table shows is not the recipes' doing alone."
+        )
     if telemetry:
         lines.append(
             "SQNR and underflow: median over tensors, the worst in brackets, in the last step that has them."

@@ -9,6 +9,7 @@ i: codes and E8M0 or E4M3 scales as uint8, fp32 as fp32, named and laid out as i
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,12 +69,15 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[Recorded]]:
     try:
         archive = np.load(path, allow_pickle=False)
         about = json.loads(bytes(archive["about"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise ReportError(f"{path} is not a file of golden vectors: {error}.", value=str(path)) from error
     if about.get("schema_version") != SCHEMA_VERSION:
         raise ReportError(
             f"{path} is not of schema version {SCHEMA_VERSION}.", value=str(path), allowed=[SCHEMA_VERSION]
         )
+
+    if not about.get("cases"):
+        raise ReportError(f"{path} holds no case: there is nothing to compare.", value=str(path))
 
     def recorded() -> Iterator[Recorded]:
         for number, described in enumerate(about["cases"]):

@@ -192,6 +192,22 @@ class TestReading:
         assert main(["compare", str(tmp_path)]) == 2
         assert main(["compare", *paths, "training.steps=2"]) == 2
 
+    def test_runs_that_differ_in_more_than_the_recipe_are_said_to(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        paths = [str(tmp_path / name) for name in ("bf16", "mxfp8", "delayed")]
+        for path, more in zip(paths, ([], ["training.save_every=7"], ["training.seed=7"]), strict=True):
+            recipe = Path(path).name
+            fake_train.train([f"fp8_recipe={recipe}", f"run_dir={path}", *more], above=0.25)
+        capsys.readouterr()
+        assert compare_json(capsys, *paths[:2])["unlike"] == []
+        assert compare_json(capsys, *paths)["unlike"] == ["training.seed"]
+        assert main(["compare", *paths]) == 0
+        assert "The runs differ in training.seed" in capsys.readouterr().out
+        Path(paths[0], "config.yaml").write_text("a: [")
+        assert main(["compare", *paths]) == 2
+        assert "config.yaml cannot be read" in capsys.readouterr().err
+
 
 @pytest.mark.slow
 def test_two_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -95,6 +95,8 @@ def test_a_wrong_amax_update_is_found() -> None:
         (["--export", "/nonexistent/f.npz"], "no directory /nonexistent"),
         (["--check", "/nonexistent.npz"], "not a file of golden vectors"),
         (["fp8_recipe=mxfp8"], "takes no argument"),
+        (["--check", "f.npz", "--recipe", "mxfp8"], "takes no --recipe"),
+        (["--check", "f.npz", "--export", "g.npz"], "takes no --export"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -102,6 +104,19 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     assert cli.main(["selftest", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_in_which_nothing_can_be_compared_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.npz"
+    vectors.write(empty, [], device="x", versions={})
+    assert cli.main(["selftest", "--check", str(empty)]) == 2
+    assert "holds no case" in capsys.readouterr().err
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(empty.read_bytes()[:-40])
+    assert cli.main(["selftest", "--check", str(cut)]) == 2
+    assert "not a file of golden vectors" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so_and_exits_3() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]  # comes with OmegaConf, without types
 
 from nemo_fp8_recipes.comparison.plan import flat
 from nemo_fp8_recipes.errors import ReportError

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [part.file for part in parts if not (options.tests / part.file).is_file()]
     for file in missing:
         print(f"{file}: not in this source tree", file=sys.stderr)
+    if len(missing) == len(parts):
+        print("error: none of the files is in this source tree, nothing was run.", file=sys.stderr)
+        return 2
     results = []
     for part in parts:
         if part.file not in missing:

@@ -93,4 +93,5 @@ def test_the_table_tells_passed_failed_and_why_a_gpu_is_needed(
     assert "needs 9 of them" in text
 
     assert main([str(tmp_path / "elsewhere")]) == 2
+    assert main([str(tmp_path), "test_recipes.py"]) == 2  # no such file: nothing was run
     assert "is not tests/pytorch of Transformer Engine" in capsys.readouterr().err

@@ -25,6 +25,8 @@ _SCALARS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a
 def type_name(hint: Any) -> str:
     """What a value of this type is called in an error message."""
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return "any value"
     if hint in _SCALARS:
         return _SCALARS[hint]
     if hint is type(None):

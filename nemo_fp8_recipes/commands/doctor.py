@@ -13,6 +13,8 @@ from nemo_fp8_recipes import config, emulation, preflight, recipes
 from nemo_fp8_recipes.commands import doctor_matrix
 from nemo_fp8_recipes.commands.arguments import take_flags
 from nemo_fp8_recipes.preflight import Finding
+from nemo_fp8_recipes.recipes.modules import module_recipes_of
+from nemo_fp8_recipes.recipes.schedule import schedule_of
 
 __all__ = ["HELP", "run"]
 
@@ -52,7 +54,8 @@ def run(arguments: list[str]) -> int:
     recipe = recipes.load(composed.fp8_recipe)
     job = preflight.job_input(composed, os.environ, emulated=emulated)
     assert job.model is not None
-    spent = preflight.cost(recipe, job.hardware.capability, job.model, job.parallel)
+    modules = module_recipes_of(composed, schedule_of(composed))
+    spent = preflight.cost(recipe, job.hardware.capability, job.model, job.parallel, modules)
     if "--json" in flags:
         print(
             json.dumps(

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from nemo_fp8_recipes.config.overrides import parse as parse_overrides
+from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch import local, sweep, torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments, parse
 from nemo_fp8_recipes.launch.node import Processes, settings_for, worker_command
@@ -52,8 +53,9 @@ def run(words: list[str]) -> int:
     typed = ["nemo-fp8", "launch", *words]
     if arguments.on_node:
         return on_node.run(arguments, typed)
-    if sweep.asked(words) and (_launcher(arguments) != "slurm" or sweep.names_hydra_launcher(words)):
+    if arguments.multirun and (_launcher(arguments) != "slurm" or sweep.names_hydra_launcher(words)):
         return sweep.run(words)
+    _require_something_to_resume(arguments)
     if _launcher(arguments) == "slurm":
         if arguments.dry_run:
             print(submit.dry_run(arguments), end="")
@@ -65,6 +67,17 @@ def run(words: list[str]) -> int:
         return 0
     launch = local.run if job.launcher.name == "local" else torchrun.run
     return launch(job, typed, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _require_something_to_resume(arguments: Arguments) -> None:
+    """Refuse `--resume` where the run directory would be a new one."""
+    named = [override.get_key_element() for override in parse_overrides(arguments.overrides)]
+    if arguments.resume and not arguments.multirun and not {"run_dir", "launcher.job_id"} & set(named):
+        raise ConfigError(
+            "--resume goes on with the run in run_dir, and none is named.",
+            key="run_dir",
+            hint="Add run_dir=PATH; nemo-fp8 runs lists the runs that are here.",
+        )
 
 
 def _launcher(arguments: Arguments) -> str:

@@ -6,12 +6,15 @@ Formulas and what they leave out are in docs/doctor.md. M tokens, N output and K
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from nemo_fp8_recipes.preflight.hardware import Capability, any_gemm_layout
 from nemo_fp8_recipes.preflight.shapes import Linear, ModelShape, Parallel, linears
 from nemo_fp8_recipes.recipes import OperandPlan, Recipe
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe, recipe_of_module
 
 __all__ = ["Cost", "cost", "quantised_bytes"]
 
@@ -87,12 +90,22 @@ def quantised_bytes(plan: OperandPlan, rows: int, columns: int, *, columnwise: b
 
 
 @functools.lru_cache(maxsize=512)
-def cost(recipe: Recipe, capability: Capability | None, model: ModelShape, parallel: Parallel) -> Cost:
-    """What `recipe` costs for this model on one rank; of an unknown device, as on Hopper."""
+def cost(
+    recipe: Recipe,
+    capability: Capability | None,
+    model: ModelShape,
+    parallel: Parallel,
+    modules: tuple[ModuleRecipe, ...] = (),
+) -> Cost:
+    """What `recipe` costs for this model on one rank; of an unknown device, as on Hopper.
+
+    Args:
+        modules: single modules with another recipe, `recipe_modules`.
+    """
     totals = {"weights": 0, "saved_inputs": 0, "gemm_flops": 0, "quantised_flops": 0, "gemm_bytes": 0}
     for linear in linears(model, parallel):
-        for quantised, layers in _layers(linear, recipe, model):
-            for name, amount in _of_one(linear, recipe if quantised else None, capability).items():
+        for theirs, layers in _layers(linear, recipe, model, modules).items():
+            for name, amount in _of_one(linear, theirs, capability).items():
                 totals[name] += amount * layers * linear.copies // parallel.pp
     tokens = model.seq_length * model.micro_batch_size // parallel.cp
     attention = model.num_attention_heads * model.head_size // parallel.tp
@@ -105,17 +118,30 @@ def cost(recipe: Recipe, capability: Capability | None, model: ModelShape, paral
     return Cost(**totals)
 
 
-def _layers(linear: Linear, recipe: Recipe, model: ModelShape) -> list[tuple[bool, int]]:
-    """How many of the layers with `linear` are quantised, and how many stay in BF16."""
-    if recipe.precision == "bf16":
-        return [(False, linear.layers)]
-    start, end = recipe.num_layers_at_start_in_bf16, recipe.num_layers_at_end_in_bf16  # type: ignore[attr-defined]  # every recipe has them
+def _layers(
+    linear: Linear, recipe: Recipe, model: ModelShape, modules: Sequence[ModuleRecipe]
+) -> Counter[Recipe | None]:
+    """How many of the layers with `linear` have it in which recipe; None: in BF16."""
+    found: Counter[Recipe | None] = Counter()
+    for layer in _layers_with(linear, model):
+        theirs = recipe_of_module(f"decoder.layers.{layer}.{linear.name}", recipe, modules)
+        # A module quantised on its own is so in a layer that stays in BF16 too.
+        high = theirs.precision == "bf16" or (theirs is recipe and _stays_in_bf16(layer, recipe, model))
+        found[None if high else theirs] += 1
+    return found
+
+
+def _layers_with(linear: Linear, model: ModelShape) -> Sequence[int]:
+    """The numbers of the layers that have `linear`, counted from 0 in the whole model."""
     if model.hybrid is None:
-        quantised = max(linear.layers - start - end, 0)
-    else:
-        kind = next(kind for prefix, kind in _KINDS.items() if linear.name.startswith(prefix))
-        quantised = model.hybrid.layer_pattern[start : model.num_layers - end].count(kind)
-    return [(True, quantised), (False, linear.layers - quantised)]
+        return range(linear.layers)
+    kind = next(kind for prefix, kind in _KINDS.items() if linear.name.startswith(prefix))
+    return [layer for layer, sign in enumerate(model.hybrid.layer_pattern) if sign == kind]
+
+
+def _stays_in_bf16(layer: int, recipe: Recipe, model: ModelShape) -> bool:
+    start, end = recipe.num_layers_at_start_in_bf16, recipe.num_layers_at_end_in_bf16  # type: ignore[attr-defined]  # every recipe has them
+    return bool(layer < start or layer >= model.num_layers - end)
 
 
 def _of_one(linear: Linear, recipe: Recipe | None, capability: Capability | None) -> dict[str, int]:

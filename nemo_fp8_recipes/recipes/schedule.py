@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import RecipeError
@@ -166,7 +167,7 @@ def _step(value: int | str, key: str, steps: int, *, after: int) -> int:
     if isinstance(value, int):
         return value
     found = _PERCENT.fullmatch(value.strip())
-    if found is None or not 0 <= (percent := float(found.group(1))) <= 100:
+    if found is None or not 0 <= (percent := Fraction(found.group(1))) <= 100:
         raise RecipeError(
             f"{key}={value} is neither a step nor a share of training.steps.",
             key=key,

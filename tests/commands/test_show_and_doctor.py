@@ -161,3 +161,13 @@ def test_doctor_of_an_option_that_is_not_emulated(capsys):
     assert "not emulated" in " ".join(out.out.split())
     assert run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=native", "hardware=b200")[0] == 0
     assert run(capsys, "doctor", "fp8_recipe=nvfp4", "device=emulated")[0] == 0
+
+
+def test_doctor_counts_modules_with_another_recipe(capsys):
+    words = ["doctor", "fp8_recipe=mxfp8", "hardware=b200", "device=emulated"]
+    spent = {}
+    for modules in ("[]", '[{modules: "*linear_fc2", recipe: bf16}]', '[{modules: "*", recipe: bf16}]'):
+        _, out = run(capsys, *words, f"recipe_modules={modules}", "--json")
+        spent[modules] = json.loads(out.out)["cost"]["quantised_share"]
+    most, some, none = spent.values()
+    assert most > some > none == 0

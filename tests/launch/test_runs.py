@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nemo_fp8_recipes.cli import main
 from nemo_fp8_recipes.launch.runs.state import find_runs, read_run_state
 from tests.launch.conftest import clean_environment, nemo_fp8
+
+if TYPE_CHECKING:
+    import pytest
 
 # Holds a run directory as a training job does, through the training job's own class.
 HOLDER = """
@@ -180,3 +184,28 @@ def test_a_users_script_is_listed_by_what_its_launcher_recorded(tmp_path: Path) 
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert read_run_state(tmp_path / "long").state == "interrupted"
+
+
+def test_records_of_another_form_are_listed_as_unreadable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {
+        "no_status": {"recipe": {"name": "mxfp8"}},
+        "list": {"status": "finished", "recipe": {"name": ["mxfp8"]}},
+        "word": {"status": "finished", "recipe": "mxfp8"},
+        "null": {"status": "finished", "recipe": None},
+    }
+    for name, record in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    assert main(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("unreadable") == len(broken)
+
+
+def test_a_last_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"status": "finished", "recipe": {"name": "mxfp8"}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": NaN}\n')
+    assert main(["runs", "--json", str(tmp_path)]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (listed["state"], listed["last_step"], listed["last_loss"]) == ("finished", 7, None)

@@ -8,6 +8,7 @@ from nemo_fp8_recipes import preflight, recipes
 from nemo_fp8_recipes.preflight import Parallel
 from nemo_fp8_recipes.preflight.cost import _of_one
 from nemo_fp8_recipes.preflight.shapes import Linear
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from tests.preflight.test_rules import B200, H100, MODEL
 from tests.support.processes import run_emulated
 from tests.support.stack import Draw, held
@@ -80,6 +81,27 @@ def test_layers_in_bf16_are_not_counted():
     half = spent("mxfp8", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=3)
     assert half.quantised_flops * 2 == spent("mxfp8").quantised_flops
     assert half.weights * 2 == spent("mxfp8").weights + spent("bf16").weights
+
+
+def test_modules_with_another_recipe_are_counted_as_such():
+    """fc2 of every layer, 256 x 1024 of 512 x 256 + 256 x 256 + 2 x 1024 x 256, and qkv of one layer."""
+    modules = (ModuleRecipe("*linear_fc2", "bf16"), ModuleRecipe("decoder.layers.3.*qkv", "nvfp4"))
+    found = preflight.cost(recipes.load("mxfp8"), (10, 0), MODEL, Parallel(), modules)
+    whole, plain = spent("mxfp8"), spent("bf16")
+    assert found.gemm_flops == whole.gemm_flops
+    assert whole.quantised_flops - found.quantised_flops == 8 * 3 * 2 * 512 * 256 * 1024
+    assert plain.saved_inputs > found.saved_inputs > whole.saved_inputs
+    everything = preflight.cost(
+        recipes.load("mxfp8"), (10, 0), MODEL, Parallel(), (ModuleRecipe("*", "bf16"),)
+    )
+    assert everything == plain
+
+
+def test_a_module_quantised_on_its_own_is_so_in_a_layer_in_bf16():
+    options = {"num_layers_at_start_in_bf16": 8}
+    modules = (ModuleRecipe("*linear_fc1", "mxfp8"),)
+    found = preflight.cost(recipes.load("tensorwise", **options), (10, 0), MODEL, Parallel(), modules)
+    assert found.quantised_flops == 8 * 3 * 2 * 512 * 256 * 1024
 
 
 def test_fp8_weights_replace_the_bf16_ones():

@@ -107,3 +107,9 @@ def test_it_composes_and_is_checked_with_the_configuration():
         with pytest.raises(Fp8Error, match=key) as raised:
             compose(["training.steps=100", wrong])
         assert isinstance(raised.value, ConfigError | RecipeError)
+
+
+@pytest.mark.parametrize(("percent", "steps", "last"), [("32.3%", 1000, 323), ("64.6%", 500, 323)])
+def test_a_percentage_that_gives_a_whole_step_is_that_step(percent, steps, last):
+    schedule = read_schedule([{"recipe": "bf16", "to_step": percent}], MXFP8, steps)
+    assert schedule.spans[0].last == last

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,9 @@ def read_run_state(path: Path) -> Run:
         return _read(path)
     except RunDirectoryError as error:
         return Run(str(path), "unreadable", reason=error.message)
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        return Run(str(path), "unreadable", reason=f"its records are not of the form written here: {said}")
 
 
 def _read(path: Path) -> Run:
@@ -95,14 +99,16 @@ def _read(path: Path) -> Run:
     nodes = launch.nodes() if job is not None else []
     codes = [node["exit_code"] for node in nodes if node["attempt"] == (job or {}).get("attempt")]
     state, reason = _state(path, record, job, launch, codes)
-    recipe = (record or job or {}).get("recipe", {})
+    recipe = (record or job or {}).get("recipe", {}).get("name")
+    if not isinstance(recipe, str | None):
+        raise RunDirectoryError(f"The recipe that {path} records has no name.", value=str(path))
     return Run(
         path=str(path),
         state=state,
         reason=reason,
         resumable=checkpoint is not None and state in ("failed", "interrupted"),
         checkpoint_step=checkpoint,
-        recipe=recipe.get("name"),
+        recipe=recipe,
         device=(record or {}).get("device"),
         last_step=step,
         last_loss=loss,
@@ -186,7 +192,8 @@ def _last_metrics(path: Path) -> tuple[int | None, float | None]:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            return int(row["step"]), row["loss"]
+            loss = float(row["loss"]) if row["loss"] is not None else math.nan
+            return int(row["step"]), loss if math.isfinite(loss) else None
         except (ValueError, KeyError, TypeError):
             continue
     return None, None

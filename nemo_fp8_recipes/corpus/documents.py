@@ -6,6 +6,7 @@ import fnmatch
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class Documents:
                 raise DataError(
                     f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.", value=str(path)
                 ) from error
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"Cannot read {path}: {error}.", value=str(path)) from error
 
     def _of(self, path: Path, file: IO[str]) -> Iterator[str]:
@@ -85,7 +86,7 @@ class Documents:
     def _field(self, path: Path, number: int, line: str) -> str:
         try:
             text = json.loads(line)[self.field]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             text = error
         if not isinstance(text, str):
             raise DataError(
@@ -93,6 +94,13 @@ class Documents:
                 value=str(path),
                 hint="Name the field that holds the text: --field=NAME.",
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Line {number} of {path} is no text in '{self.field}': {error.reason} (half of a pair).",
+                value=str(path),
+            ) from error
         return text
 
 

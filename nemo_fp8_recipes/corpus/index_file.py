@@ -96,12 +96,14 @@ class IndexFile:
         start = len(_MAGIC) + _HEADER.size
         if len(content) < start or content[: len(_MAGIC)].tobytes() != _MAGIC:
             raise _broken(idx_file, prefix, "it does not begin as one")
-        version, code, sequences, _ = _HEADER.unpack(content[len(_MAGIC) : start].tobytes())
+        version, code, sequences, boundaries = _HEADER.unpack(content[len(_MAGIC) : start].tobytes())
         if version != 1 or code not in _CODES:
             raise _broken(idx_file, prefix, f"it has version {version} and tokens of type {code}")
-        if len(content) < start + (4 + 8) * sequences:
+        if len(content) < start + (4 + 8) * sequences + 8 * boundaries:
             raise _broken(idx_file, prefix, "it is cut off")
         lengths = np.frombuffer(content, dtype="<i4", count=sequences, offset=start)
+        if sequences and lengths.min() < 0:
+            raise _broken(idx_file, prefix, "a sequence has fewer than 0 tokens")
         dtype = np.dtype(_CODES[code])
         index = cls(prefix, dtype, lengths)
         if index.tokens * dtype.itemsize != size:

@@ -26,6 +26,7 @@ from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.recipes.modules import ModuleRecipe, module_recipes_of, recipes_of
 from nemo_fp8_recipes.recipes.schedule import schedule_of
 from nemo_fp8_recipes.targets import transformer_engine, versions
+from nemo_fp8_recipes.targets.megatron_lm.precision_config import precision_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -165,6 +166,7 @@ def job_input(
     schedule = schedule_of(config)
     modules = module_recipes_of(config, schedule)
     recipe = schedule.main
+    precision_config(recipe, modules)  # refuses what Megatron cannot give to single modules
     if emulated is None:
         emulated = _emulated(values["device"], environment)
     model = values["model"]

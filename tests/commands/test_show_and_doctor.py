@@ -171,3 +171,11 @@ def test_doctor_counts_modules_with_another_recipe(capsys):
         spent[modules] = json.loads(out.out)["cost"]["quantised_share"]
     most, some, none = spent.values()
     assert most > some > none == 0
+
+
+@pytest.mark.parametrize(("main_recipe", "of_module"), [("mxfp8", "delayed"), ("delayed", "mxfp8")])
+def test_doctor_refuses_modules_that_the_job_would_refuse(capsys, main_recipe, of_module):
+    modules = f'recipe_modules=[{{modules: "*fc2", recipe: {of_module}}}]'
+    status, out = run(capsys, "doctor", f"fp8_recipe={main_recipe}", modules, "hardware=b200")
+    assert status == 2
+    assert f"recipe_modules *fc2={of_module} is not possible" in out.err

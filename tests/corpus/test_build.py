@@ -140,3 +140,18 @@ def test_a_hugging_face_tokenizer_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert main([*common, "--output", "p", "--tokenizer", "plain.json", "--end", "hello"]) == 0
     assert np.fromfile("p.bin", dtype="uint16").tolist() == [1, 2, 1, 2, 0, 1]
     assert main([*common, "--output", "q", "--tokenizer", "in.jsonl"]) == 2
+
+
+def test_damaged_text_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = bytearray(gzip.compress(b"some text, packed"))
+    packed[10] = 0xFF  # the type of the first block, after gzip's header
+    contents = {
+        "damaged.txt.gz": bytes(packed),
+        "half_a_pair.jsonl": b'{"text": "a"}\n{"text": "a\\ud800b"}\n',
+        "deep.jsonl": b"[" * 100_000,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert main(["data", "--output", str(tmp_path / "out"), str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err
+        assert not list(tmp_path.glob("*out*"))

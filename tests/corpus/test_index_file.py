@@ -74,3 +74,14 @@ def test_the_digest_follows_the_content(prefix: str) -> None:
     assert IndexFile.read(prefix).digest() == before
     damage(prefix, "bin", 4, b"\x09")
     assert IndexFile.read(prefix).digest() != before
+
+
+def test_an_index_cut_off_in_its_boundaries_and_a_negative_length(prefix: str) -> None:
+    whole = Path(f"{prefix}.idx").read_bytes()
+    Path(f"{prefix}.idx").write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="cut off"):
+        IndexFile.read(prefix)
+    Path(f"{prefix}.idx").write_bytes(whole)
+    damage(prefix, "idx", 34, np.array([-2, 7], dtype="<i4").tobytes())  # five tokens in all, as before
+    with pytest.raises(DataError, match="fewer than 0"):
+        IndexFile.read(prefix)

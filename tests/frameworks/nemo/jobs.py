@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import nemo.lightning as nl
 import torch
+from lightning.pytorch.loggers import Logger
 from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.nemotron import Nemotron3Config4B, NemotronModel
@@ -52,6 +53,22 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["reduced_train_loss"]))
+
+
+class Written(Logger):
+    """A logger of the user's that keeps what it is given."""
+
+    name, version = "written", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class NodeLostError(Exception):

@@ -126,3 +126,25 @@ def test_manifest_and_telemetry_know_every_quantised_module(results: dict[str, R
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in metrics] == pytest.approx(result.losses)
     assert all(row["learning_rate"] == pytest.approx(1e-3) and row["grad_norm"] > 0 for row in metrics)
+
+
+def test_the_trainers_own_loggers_get_what_the_store_has(tmp_path: Path) -> None:
+    from tests.frameworks.nemo import jobs
+
+    logger = jobs.Written()
+    job = jobs.job("delayed", tmp_path, steps=2, trainer_options={"logger": [logger]})
+    job.fit()
+    (logger,) = job.trainer.loggers  # NeMo copies its arguments
+    told = {
+        (step, tag, value)
+        for step, metrics in logger.rows
+        for tag, value in metrics.items()
+        if tag.startswith("fp8/")
+    }
+    rows = store.read(tmp_path).to_pylist()
+    stored = {
+        (row["step"], f"fp8/{row['module']}/{row['tensor']}/{row['stat']}", row["value"]) for row in rows
+    }
+    assert {step for step, _, _ in told} == {1, 2}
+    assert {tag.rsplit("/", 1)[1] for _, tag, _ in told} >= {"amax", "scale"}
+    assert told <= stored

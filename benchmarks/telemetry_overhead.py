@@ -5,10 +5,8 @@
 Each run is the job itself, `nemo-fp8 train`, in a process of its own, on one thread and in CPU time, which
 other programs disturb less than the clock on the wall. Within a run, steps without telemetry, with the cheap
 tier and with the stats tier take turns; a tier's time is the median of its steps. Handing a step's values to
-the sinks is counted to that step, and so is what the TensorBoard package does with them on a thread of its
-own (in Python, it takes a third to half of the cheap tier): `-- telemetry.sinks=[parquet]` leaves it out.
-Beside it stands the CPU time inside the recorder's own calls, which is less noisy than a difference of steps
-and leaves out only what happens within the step.
+the sinks is counted to that step. Beside it stands the CPU time inside the recorder's own calls, which is
+less noisy than a difference of steps and leaves out only what happens within the step.
 
 In a run of its own, nvdlfw-inspect (`pip install nvdlfw-inspect`) logs Transformer Engine's
 LogFp8TensorStats for the same operands in every step: underflows%, scale_inv_min, scale_inv_max and mse.
@@ -32,7 +30,8 @@ from collections import defaultdict
 from pathlib import Path
 
 TIERS = ("none", "cheap", "none", "stats")
-WARM_UP = 4
+WARM_UP = 24
+"""Steps that are not measured: by then every sink was flushed once, which imports and opens things."""
 RESULT = "@@measured "
 FEATURES = """
 telemetry_overhead:

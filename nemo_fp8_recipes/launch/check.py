@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fp8_recipes import preflight
 from nemo_fp8_recipes.errors import PreflightError
-from nemo_fp8_recipes.launch import gpus
 from nemo_fp8_recipes.launch.claim import node_name
 from nemo_fp8_recipes.launch.plan import Job
+from nemo_fp8_recipes.preflight import driver
 from nemo_fp8_recipes.preflight.hardware import spelled
 from nemo_fp8_recipes.training.settings import read_settings
 
@@ -30,7 +30,7 @@ def check_plan(job: Job) -> None:
         preflight.require(preflight.check_job(job.config, os.environ, emulated=job.emulated))
 
 
-def check_node(job: Job, found: Sequence[gpus.Gpu]) -> None:
+def check_node(job: Job, found: Sequence[driver.Gpu]) -> None:
     """Check that the job runs on this node, whose GPUs are `found`.
 
     Raises:
@@ -67,7 +67,7 @@ def check_node(job: Job, found: Sequence[gpus.Gpu]) -> None:
         )
 
 
-def _same_gpu(job: Job, found: Sequence[gpus.Gpu]) -> None:
+def _same_gpu(job: Job, found: Sequence[driver.Gpu]) -> None:
     capabilities = sorted({gpu.compute_capability for gpu in found})
     if len(capabilities) > 1:
         names = ", ".join(sorted({gpu.name for gpu in found}))

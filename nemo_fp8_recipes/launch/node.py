@@ -10,12 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemo_fp8_recipes.launch import environment, gpus
+from nemo_fp8_recipes.launch import environment
 from nemo_fp8_recipes.launch.agent import STOPPED, Agent
 from nemo_fp8_recipes.launch.check import check_node
 from nemo_fp8_recipes.launch.claim import Claim, node_name
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.progress import HangWatch
+from nemo_fp8_recipes.preflight import driver
 from nemo_fp8_recipes.training.files import atomic_write_json
 
 __all__ = ["Ended", "Processes", "run_node", "settings_for"]
@@ -80,7 +81,7 @@ def run_node(job: Job, claimed: Claim, processes: Processes, *, checked: bool = 
     Raises:
         PreflightError: the job would fail here; nothing was started.
     """
-    found = gpus.found() if not job.emulated else []
+    found = driver.found() if not job.emulated else []
     if not checked:
         check_node(job, found)
     settings = settings_for(job, found[0].compute_capability if found else None, processes.count, os.environ)

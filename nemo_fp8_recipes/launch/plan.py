@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fp8_recipes import config, recipes
 from nemo_fp8_recipes.config.schema import read
 from nemo_fp8_recipes.errors import ConfigError
-from nemo_fp8_recipes.launch import gpus
 from nemo_fp8_recipes.launch.arguments import Payload
 from nemo_fp8_recipes.launch.hydra_text import override
 from nemo_fp8_recipes.launch.schema import LauncherConfig, LocalConfig, SlurmConfig, TorchrunConfig
+from nemo_fp8_recipes.preflight import driver
 
 __all__ = ["RUNS", "Job", "default_run_dir", "make_job", "new_job_id"]
 
@@ -71,7 +71,7 @@ class Job:
         if known is not None:
             return int(known)
         if isinstance(self.launcher, TorchrunConfig) and not self.emulated:
-            count = len(gpus.found())
+            count = len(driver.found())
             if count:
                 return count
         raise ConfigError(

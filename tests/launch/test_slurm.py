@@ -239,7 +239,7 @@ def test_a_node_with_the_wrong_gpu_ends_the_job_before_torch_is_imported(
     tools = in_tmp / "tools"
     (tools / "torch").mkdir(parents=True)
     (tools / "torch/__init__.py").write_text(POISON)
-    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0'\n")
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 81559'\n")
     (tools / "nvidia-smi").chmod(0o755)
     words = (
         "device=native",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_fp8_recipes.errors import ConfigError
-from nemo_fp8_recipes.launch import gpus, torchrun
+from nemo_fp8_recipes.launch import torchrun
 from nemo_fp8_recipes.launch.arguments import Arguments
 from nemo_fp8_recipes.launch.check import check_node
 from nemo_fp8_recipes.launch.claim import claim, node_name
@@ -16,6 +16,7 @@ from nemo_fp8_recipes.launch.node import Ended, Processes, run_node
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.slurm.jobs import this_job
 from nemo_fp8_recipes.launch.slurm.script import config_of
+from nemo_fp8_recipes.preflight import driver
 
 __all__ = ["run", "run_task"]
 
@@ -24,7 +25,7 @@ def run(arguments: Arguments, typed: Sequence[str]) -> int:
     """Check this node, or run this task's processes to their end; returns the exit status."""
     job = this_job(arguments)
     if os.environ.get("NEMO_FP8_ONLY_CHECK"):
-        check_node(job, gpus.found() if not job.emulated else [])
+        check_node(job, driver.found() if not job.emulated else [])
         return 0
     return run_task(job, typed, resume=arguments.resume, checked=True).status
 

@@ -121,6 +121,10 @@ class _Session:
             total = settings.training.steps
             with display.progress(self.console, total=total, done=start.step) as line:
                 outcome = trainer.run(start, interruption, line)
+            if self.recorder is not None:
+                # On every rank together: closing waits for no other one, and would leave out what a rank read
+                # for the first time in the last step.
+                self.recorder.flush()
             held_out = None
             if outcome.finished and settings.training.eval_batches:
                 held_out = trainer.forward.held_out_loss(settings.training.eval_batches)

@@ -15,6 +15,8 @@ from nemo_fp8_recipes.commands.arguments import take_flags
 from nemo_fp8_recipes.preflight import Finding
 from nemo_fp8_recipes.recipes.modules import module_recipes_of
 from nemo_fp8_recipes.recipes.schedule import schedule_of
+from nemo_fp8_recipes.training.frameworks import FRAMEWORKS
+from nemo_fp8_recipes.training.settings import read_settings
 
 __all__ = ["HELP", "run"]
 
@@ -47,6 +49,7 @@ def run(arguments: list[str]) -> int:
     """Check the job that `arguments` describe: 0 it would run, 1 warnings with --strict, 2 it would fail."""
     flags, overrides = take_flags(arguments, {"--all", "--json", "--strict"})
     composed = config.compose(overrides)
+    FRAMEWORKS[str(composed.framework.name)].require_one_recipe(read_settings(composed))
     emulated, runs_here = _where(str(composed.device))
     if "--all" in flags:
         return doctor_matrix.show(composed, emulated=emulated, runs_here=runs_here, as_json="--json" in flags)

@@ -179,3 +179,11 @@ def test_doctor_refuses_modules_that_the_job_would_refuse(capsys, main_recipe, o
     status, out = run(capsys, "doctor", f"fp8_recipe={main_recipe}", modules, "hardware=b200")
     assert status == 2
     assert f"recipe_modules *fc2={of_module} is not possible" in out.err
+
+
+def test_doctor_knows_which_trainers_take_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    spans = "recipe_schedule=[{recipe: bf16, to_step: 3}]"
+    assert main(["doctor", spans]) == 0
+    capsys.readouterr()
+    assert main(["doctor", "framework=bridge", spans]) == 2
+    assert "framework=bridge trains everything with one recipe" in capsys.readouterr().err

@@ -302,7 +302,9 @@ def test_a_killed_rank_ends_the_whole_job_in_bounded_time(submit: Submit, in_tmp
     started = time.monotonic()
     words = ("launcher.nodes=2", "launcher.nproc_per_node=2", f"launcher.tasks={tasks}")
     done = submit(*words, "--", "killed.py", wait=True)
-    assert done.status == 137
+    # With a task a GPU, srun answers with the highest status of all: 143 where SIGTERM was enough for another
+    # of the tasks that it took along.
+    assert done.status in {"node": (137,), "gpu": (137, 143)}[tasks]
     assert time.monotonic() - started < 150
 
 

@@ -71,8 +71,10 @@ def run(words: list[str]) -> int:
 
 def _require_something_to_resume(arguments: Arguments) -> None:
     """Refuse `--resume` where the run directory would be a new one."""
-    named = [override.get_key_element() for override in parse_overrides(arguments.overrides)]
-    if arguments.resume and not arguments.multirun and not {"run_dir", "launcher.job_id"} & set(named):
+    if not arguments.resume or arguments.multirun:
+        return
+    named = {override.get_key_element() for override in parse_overrides(arguments.overrides)}
+    if not named & {"run_dir", "launcher.job_id"}:
         raise ConfigError(
             "--resume goes on with the run in run_dir, and none is named.",
             key="run_dir",

@@ -8,9 +8,11 @@ direction (input, weight, output) and two in the backward one (grad_output, grad
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
 from nemo_fp8_recipes.injection.module_names import NamedModule, model_chunks, named_modules
 from nemo_fp8_recipes.injection.operands import format_of, high_precision, read_quantizer, recipe_of
 from nemo_fp8_recipes.injection.peers import derives_from
@@ -55,7 +57,12 @@ def manifest(model: nn.Module | Sequence[nn.Module], recipe: Recipe | None = Non
     """
     device = _device_name()
     config = next((chunk.config for chunk in model_chunks(model) if hasattr(chunk, "config")), None)
-    rows = [row for named in named_modules(model) for row in _rows(named, config, device)]
+    graphed = graphed_modules(model)
+    rows = [
+        dataclasses.replace(row, cuda_graph=graphed.get(id(named.module)))
+        for named in named_modules(model)
+        for row in _rows(named, config, device)
+    ]
     return Manifest(tuple(rows), asked=recipe.name if recipe is not None else None)
 
 
@@ -98,7 +105,9 @@ def _linear_rows(named: NamedModule, config: Any, device: str) -> Iterator[Manif
             quantized=True,
             recipe=recipe,
             te_recipe=_te_recipe(module),
-            **operands,
+            input=operands["input"],
+            weight=operands["weight"],
+            grad_output=operands["grad_output"],
             primary_weight_dtype=_primary_weight_dtype(module),
             backward_override=_backward_override(module),
             reason_code=None,

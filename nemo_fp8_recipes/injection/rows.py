@@ -81,6 +81,8 @@ class ManifestRow:
         reason_code: why the module is in high precision, one of `read_back.REASONS`; None when quantised.
         reason: the same in a sentence.
         device: name of the device that ran it; it says "emulated" on the emulated one.
+        cuda_graph: who captures the module in a CUDA graph, one of `cuda_graphs.CAPTURED_BY`; telemetry sees
+            little of what a replayed graph quantises. None for a module that runs eagerly.
     """
 
     module: str
@@ -96,6 +98,7 @@ class ManifestRow:
     reason_code: str | None
     reason: str | None
     device: str
+    cuda_graph: str | None = None
 
     def operands(self) -> Iterator[tuple[TensorName, OperandRow]]:
         """The operands that were read, input first."""
@@ -208,7 +211,11 @@ class Manifest:
 
 
 def _row(data: Mapping[str, Any]) -> ManifestRow:
-    values = {field.name: data[field.name] for field in dataclasses.fields(ManifestRow)}
+    values = {
+        field.name: data[field.name]
+        for field in dataclasses.fields(ManifestRow)
+        if field.name in data or field.default is dataclasses.MISSING  # one with a default came later
+    }
     for tensor in OPERANDS:
         if values[tensor] is not None:
             values[tensor] = _operand(values[tensor])

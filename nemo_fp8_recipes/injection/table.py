@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from nemo_fp8_recipes.injection.cuda_graphs import CAPTURED_BY
 from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow
 
 if TYPE_CHECKING:
@@ -12,9 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["layer_ranges", "render", "split_layer"]
 
+_UNSEEN = "telemetry does not see what it quantises once it is captured"
+
 
 def render(manifest: Manifest) -> RenderableType:
-    """A rich table of the manifest, followed by the reasons of the modules in high precision."""
+    """A rich table of the manifest, followed by the reasons of the modules in high precision, and by what
+    captures those that run as CUDA graphs.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -35,12 +40,15 @@ def render(manifest: Manifest) -> RenderableType:
         table.add_column(column, overflow="fold")
     reasons: dict[str, int] = {}
     for layers, name, row in _groups(manifest):
+        if row.quantized and row.cuda_graph is not None:
+            captured = f"runs as {CAPTURED_BY.get(row.cuda_graph, row.cuda_graph)}: {_UNSEEN}"
+            name += f" [{reasons.setdefault(captured, len(reasons) + 1)}]"
         if row.quantized:
             operands = [str(operand or "") for operand in (row.input, row.weight, row.grad_output)]
-            table.add_row(layers, name, *([row.recipe] if len(recipes) > 1 else []), *operands)
+            table.add_row(layers, Text(name), *([row.recipe] if len(recipes) > 1 else []), *operands)
         else:
             note = reasons.setdefault(row.reason or "", len(reasons) + 1)
-            table.add_row(layers, name, Text(f"bf16 [{note}]"), style="dim")
+            table.add_row(layers, Text(name), Text(f"bf16 [{note}]"), style="dim")
     notes = [Text(f"[{number}] {reason}", style="dim") for reason, number in reasons.items()]
     return Group(table, *notes)
 

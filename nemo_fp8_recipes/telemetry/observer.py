@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
 from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.telemetry.linears import Linear, Operand, linears
 from nemo_fp8_recipes.telemetry.probes import (
@@ -68,6 +69,7 @@ class Observer:
     def __init__(
         self, model: nn.Module | Sequence[nn.Module], *, history: bool, whatif: Sequence[str] = ()
     ) -> None:
+        self._model = model
         self._linears = linears(model)
         indices = self._indices = IndexCache()
         self._delayed = DelayedProbe(self._linears, indices, history=history)
@@ -86,6 +88,10 @@ class Observer:
         self._measured: set[Operand] = set()
         self._primary_read = False
         self._stats = False
+        self._graphed: tuple[frozenset[int], frozenset[int]] | None = None
+        """Modules of which nothing was seen when last there were any, and those of them that run as CUDA
+        graphs.
+        """
         self._joined: dict[bool, tuple[tuple[tuple[ReadingSpec, ...], ...], tuple[ReadingSpec, ...]]] = {}
         """What the readings were of in the last step of each kind, apart and one after the other: mostly the
         same tuple again.
@@ -130,9 +136,10 @@ class Observer:
                 *(probe.end for probe in self.probes),
                 self._elements.end,
                 self._whatif.end,
-                self._unobserved,
             ]
             readings = [reading for end in ends if (reading := end()) is not None]
+            if (unseen := self._unseen(readings)) is not None:
+                readings.append(unseen)
         if not readings:
             return None
         parts = tuple(reading.specs for reading in readings)
@@ -244,27 +251,37 @@ class Observer:
                 if not linear.primary and (weight := linear.weight()) is not None
             }
 
-    def _unobserved(self) -> Reading | None:
-        """Operands of quantised modules of which nothing was seen in the step: what a replayed CUDA graph
-        quantises passes no function that could be watched.
+    def _unseen(self, readings: Sequence[Reading]) -> Reading | None:
+        """Marks of the modules whose quantising calls did not pass by in the step: what a replayed CUDA graph
+        quantises passes no function that could be watched. `unobserved` are the operands of which nothing
+        was read, and `graphed` all of a module that runs as a CUDA graph: of it there is what Transformer
+        Engine keeps in its buffers (delayed scaling's state, cached weights) and nothing else.
         """
-        specs = []
-        device = None
+        unseen = []
         for linear in self._linears:
-            if not linear.module.fp8 or not linear.module.training:
-                continue
-            quantizers = dict(linear.quantizers())
-            if any(Operand(linear.path, tensor) in self._seen for tensor in quantizers):
-                continue
-            device = next(linear.module.parameters()).device
-            specs += [
-                ReadingSpec(
-                    linear.path, tensor, "unobserved", recipe_of(quantizer), element_format(quantizer), "max"
-                )
-                for tensor, quantizer in quantizers.items()
-                if quantizer is not None
-            ]
-        return Reading(tuple(specs), torch.ones(len(specs), device=device)) if specs else None
+            if linear.module.fp8 and linear.module.training:
+                quantizers = dict(linear.quantizers())
+                if not any(Operand(linear.path, tensor) in self._seen for tensor in quantizers):
+                    unseen.append((linear, quantizers))
+        if not unseen:
+            return None
+        read = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
+        modules = frozenset(id(linear.module) for linear, _ in unseen)
+        if self._graphed is None or self._graphed[0] != modules:
+            self._graphed = (modules, modules & graphed_modules(self._model).keys())
+        specs = []
+        for linear, quantizers in unseen:
+            for tensor, quantizer in quantizers.items():
+                if quantizer is None:
+                    continue
+                marks = ["graphed"] if id(linear.module) in self._graphed[1] else []
+                marks += ["unobserved"] if (linear.path, tensor) not in read else []
+                recipe, fmt = recipe_of(quantizer), element_format(quantizer)
+                specs += [ReadingSpec(linear.path, tensor, mark, recipe, fmt, "max") for mark in marks]
+        if not specs:
+            return None
+        device = next(unseen[0][0].module.parameters()).device
+        return Reading(tuple(specs), torch.ones(len(specs), device=device))
 
     def _read_weights(self, *, primary: bool) -> None:
         """Weights that stay quantised over the step: parameters, or the copies kept for its micro-batches."""

@@ -111,7 +111,11 @@ class Recorder:
         return self._stats_every > 0 and (step == 1 or step % self._stats_every == 0)
 
     def begin_step(self, step: int) -> None:
-        """Before the first forward pass of optimizer step `step`, counted from 1."""
+        """Before the first forward pass of optimizer step `step`, counted from 1. Does nothing while the step
+        itself is captured in a CUDA graph: what is launched then would be replayed with it.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
         self._deliver()
         if self._observer is not None and self.logs(step):
             self._recording = step

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
+
 __all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
@@ -58,6 +60,7 @@ class BindingSeam:
         self._python = dict(python)
         self._undo: list[tuple[Any, str, Any]] = []
         self._open = False
+        self._capture_flags: tuple[Callable[[], bool], ...] = ()
         self._found: tuple[Any, list[tuple[Any, str]]] | None = None
 
     @property
@@ -69,6 +72,7 @@ class BindingSeam:
         if self._open:
             return
         self._open = True
+        self._capture_flags = capture_flags()
         import transformer_engine.pytorch.quantization as quantization
         import transformer_engine_torch as binding
 
@@ -116,17 +120,22 @@ class BindingSeam:
 
     def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
         """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
-        graph is captured: what is launched then would be replayed with the graph.
+        graph is captured: what is launched then would be replayed with the graph. Its warm-up passes are no
+        part of the training step either.
         """
         wrapped = wrapper(original)
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._open or torch.cuda.is_current_stream_capturing():
+            if not self._open or torch.cuda.is_current_stream_capturing() or self._warming_up():
                 return original(*args, **kwargs)
             return wrapped(*args, **kwargs)
 
         return call
+
+    def _warming_up(self) -> bool:
+        """Whether Transformer Engine or Megatron says that it is making a CUDA graph."""
+        return any(flag() for flag in self._capture_flags)
 
 
 def is_quantizer(value: object) -> bool:

@@ -71,3 +71,19 @@ def test_differences_name_module_field_and_both_values():
         "gone: module was present, is absent",
         "new: module was absent, is present",
     ]
+
+
+def test_a_manifest_written_before_cuda_graphs_were_noted_is_read():
+    document = gpt_manifest(1).to_dict()
+    for row in document["rows"]:
+        del row["cuda_graph"]
+    assert Manifest.from_dict(document) == gpt_manifest(1)
+
+
+def test_modules_that_run_as_cuda_graphs_are_told_apart():
+    eager = Manifest((mxfp8_row("decoder.layers.0.mlp.linear_fc1"),))
+    graphed = Manifest((mxfp8_row("decoder.layers.0.mlp.linear_fc1", cuda_graph="local"),))
+    assert Manifest.from_json(graphed.to_json()) == graphed
+    assert [str(difference) for difference in eager.diff(graphed)] == [
+        "decoder.layers.0.mlp.linear_fc1: cuda_graph was absent, is local"
+    ]

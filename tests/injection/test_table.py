@@ -70,3 +70,17 @@ def test_high_precision_is_explained_below():
     lines = printed(gpt_manifest(1))
     assert [line for line in lines if line.startswith("[1]")] == ["[1] for a reason"]
     assert any("output_layer" in line and "bf16 [1]" in line for line in lines)
+
+
+def test_layers_that_run_as_cuda_graphs_say_so():
+    rows = [
+        mxfp8_row(f"decoder.layers.{n}.mlp.linear_fc1", cuda_graph="local" if n < 2 else None)
+        for n in range(4)
+    ]
+    lines = printed(Manifest(tuple(rows)))
+    assert [line.split()[:3] for line in lines if "linear_fc1" in line] == [
+        ["0-1", "mlp.linear_fc1", "[1]"],
+        ["2-3", "mlp.linear_fc1", "e4m3"],
+    ]
+    text = " ".join(" ".join(lines).split())
+    assert "[1] runs as a CUDA graph of Megatron (cuda_graph_impl=local): telemetry does not see" in text

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from nemo_fp8_recipes.injection import Manifest
     from nemo_fp8_recipes.recipes import Recipe
+    from nemo_fp8_recipes.telemetry.alerts.alert import Alert
     from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
     from nemo_fp8_recipes.telemetry.recorder import Recorder
 
@@ -70,12 +71,17 @@ class Fp8RecipeCallback(Callback):
         loggers: whether the trainer's own loggers get the scalars too.
         history: store delayed scaling's amax history windows.
         flush_every: logging steps between two flushes.
+        stats_every: optimizer steps between two logging steps that read the tensors themselves (underflow,
+            saturation, SQNR, …); step 1 is one. 0: none do.
+        whatif: globs over `<module>/<tensor>` that those steps judge under every other recipe too.
 
     Attributes:
         recipe: the recipe.
         manifest: what every module did in the first step; None before.
         run_dir: the directory in use, once the trainer has started.
         alerts: the rules that telemetry is watched by; None: those of conf/alerts/default.yaml.
+        on_alert: called with the alerts of a logging step when the next step begins, on every rank.
+        lost: values that a sink could not write, by its name.
         keeps_metrics: whether metrics.jsonl is written here; False where the job keeps its own.
 
     Raises:
@@ -94,6 +100,8 @@ class Fp8RecipeCallback(Callback):
         loggers: bool = True,
         history: bool = True,
         flush_every: int = 10,
+        stats_every: int = 100,
+        whatif: Sequence[str] = (),
     ) -> None:
         self.recipe = recipes.load(fp8_recipe, **dict(options or {}))
         self.run_dir = Path(run_dir) if run_dir is not None else None
@@ -103,9 +111,13 @@ class Fp8RecipeCallback(Callback):
         self._loggers = loggers
         self._history = history
         self._flush_every = flush_every
+        self._stats_every = stats_every
+        self._whatif = tuple(whatif)
         self._run: Fp8Run | None = None
         self.keeps_metrics = True
         self.alerts: AlertsConfig | None = None
+        self.on_alert: Callable[[tuple[Alert, ...]], None] | None = None
+        self.lost: Mapping[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self._written = False
         _announce_connections()
@@ -177,6 +189,9 @@ class Fp8RecipeCallback(Callback):
                 flush_every=self._flush_every,
                 device=emulation.label(),
                 alerts=self.alerts,
+                on_alert=self.on_alert,
+                stats_every=self._stats_every,
+                whatif=self._whatif,
             )
 
         return attach
@@ -306,6 +321,8 @@ class Fp8RecipeCallback(Callback):
             self._manifest = self._run.manifest
             run, self._run = self._run, None
             run.__exit__(None, None, None)
+            if run.recorder is not None:
+                self.lost = dict(run.recorder.lost)  # type: ignore[attr-defined]  # ours is telemetry's own
 
     def _entered(self) -> Fp8Run:
         if self._run is None:

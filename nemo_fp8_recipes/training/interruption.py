@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["WATCHED", "Interruption", "watch_signals"]
+__all__ = ["WATCHED", "Interruption", "received", "watch_signals"]
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,6 +17,16 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+
+    def flags(self) -> list[float]:
+        """1.0 for the signal that was received, 0.0 for every other one that is watched: to be summed over
+        ranks, then `received` says what some rank has got."""
+        return [float(self.signal == watched) for watched in WATCHED]
+
+
+def received(flags: Sequence[float]) -> int:
+    """The signal that some rank has received, of `Interruption.flags` summed over ranks; 0: none has."""
+    return next((int(watched) for watched, ranks in zip(WATCHED, flags, strict=True) if ranks), 0)
 
 
 @contextmanager

@@ -15,20 +15,16 @@ from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.alert_actions import AlertActions, load_callback
+from nemo_fp8_recipes.training.checkpoint import directory as directories
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position, verify
-from nemo_fp8_recipes.training.data import BatchPlan, Dataset, Wanted, build_dataset
-from nemo_fp8_recipes.training.distributed import (
-    agree,
-    process_group,
-    same_everywhere,
-    seed_everything,
-    together,
-)
+from nemo_fp8_recipes.training.data import BatchPlan, Dataset
+from nemo_fp8_recipes.training.distributed import process_group, seed_everything
 from nemo_fp8_recipes.training.files import atomic_write_json
 from nemo_fp8_recipes.training.forward import Forward
 from nemo_fp8_recipes.training.interruption import watch_signals
 from nemo_fp8_recipes.training.invocation import Invocation
-from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
+from nemo_fp8_recipes.training.job_data import load_dataset
+from nemo_fp8_recipes.training.job_record import End, JobRecord
 from nemo_fp8_recipes.training.model import (
     build_gpt,
     count_parameters,
@@ -37,16 +33,9 @@ from nemo_fp8_recipes.training.model import (
 )
 from nemo_fp8_recipes.training.optimizer import build_optimizer, build_scheduler
 from nemo_fp8_recipes.training.peer_warnings import ignore_known_warnings
-from nemo_fp8_recipes.training.resume import open_run
-from nemo_fp8_recipes.training.run_directory import (
-    CHECKPOINTS,
-    MANIFEST_FILE,
-    MANIFESTS,
-    METRICS_FILE,
-    RunDirectory,
-)
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, MANIFEST_FILE, MANIFESTS
 from nemo_fp8_recipes.training.settings import Settings
-from nemo_fp8_recipes.training.trainer import Outcome, Step, Trainer
+from nemo_fp8_recipes.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,50 +63,51 @@ class _Session:
         self.is_first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.is_first_rank)
         self.alert_actions = AlertActions(load_callback(settings.alerts.callback))
-        self.run_dir: RunDirectory | None = None  # on rank 0
         self.recorder: Recorder | None = None  # once the model is built, unless telemetry is off
 
     # -- the order of things -----------------------------------------------------------------------------
 
     def run(self) -> int:
         with ExitStack() as stack:
-            dataset = self._dataset()
-            path, checkpoint, goes_on = self._open_run(stack)
+            dataset = load_dataset(self.settings, self.invocation)
+            record = JobRecord.open(
+                stack,
+                self.settings,
+                self.invocation,
+                self.console,
+                newest=directories.newest_checkpoint,
+                look=lambda checkpoint: directories.read_marker(checkpoint).step,
+            )
             job = self.settings.job_identity(
                 data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()
             )
-            if checkpoint is not None:
-                verify(checkpoint, job)
-            try:
-                dataset.prepare(path)
-                return self._train(dataset, path, checkpoint, job, goes_on=goes_on)
-            except BaseException as error:
-                if self.run_dir is not None:
-                    _record_failure(self.run_dir, error)
-                raise
+            if record.checkpoint is not None:
+                verify(record.checkpoint, job)
+            with record.failing():
+                dataset.prepare(record.path)
+                return self._train(dataset, record, job)
 
-    def _train(
-        self, dataset: Dataset, path: Path, checkpoint: Path | None, job: dict[str, Any], *, goes_on: bool
-    ) -> int:
+    def _train(self, dataset: Dataset, record: JobRecord, job: dict[str, Any]) -> int:
         settings = self.settings
         with (
             watch_signals() as interruption,
             Fp8Run(
                 settings.recipe,
-                telemetry=self._telemetry(path),
+                telemetry=self._telemetry(record.path),
                 schedule=settings.schedule,
                 modules=settings.modules,
             ) as fp8_run,
         ):
-            trainer = self._build(dataset, path, job, fp8_run)
-            start = trainer.checkpointer.load(checkpoint) if checkpoint is not None else Position()
-            self._start_record(path, start, resumed=goes_on)
+            trainer = self._build(dataset, record, job, fp8_run)
+            checkpointer, checkpoint = trainer.checkpointer, record.checkpoint
+            start = checkpointer.load(checkpoint) if checkpoint is not None else Position()
+            record.begin()
             fp8_run.model_built(trainer.model, steps_done=start.step)
-            if self.recorder is not None and goes_on:
+            if self.recorder is not None and record.going_on is not None:
                 self.recorder.truncate_after(start.step)
-            self._show_banner(trainer, dataset, path, start)
-            if goes_on and checkpoint is None:
-                self.console.print("The run had saved no checkpoint: it starts again from its first step.")
+            record.show_banner(
+                dataset, processes=dist.get_world_size(), parameters=count_parameters(checkpointer.model)
+            )
             total = settings.training.steps
             with display.progress(self.console, total=total, done=start.step) as line:
                 outcome = trainer.run(start, interruption, line)
@@ -128,42 +118,19 @@ class _Session:
             held_out = None
             if outcome.finished and settings.training.eval_batches:
                 held_out = trainer.forward.held_out_loss(settings.training.eval_batches)
-        self._finish(path, outcome, held_out)
-        return 128 + outcome.signal if outcome.signal else 0
+        end = End(
+            outcome.position.step,
+            held_out=held_out,
+            signal=outcome.signal,
+            rule=outcome.rule,
+            lost=self.recorder.lost if self.recorder is not None else None,
+        )
+        record.end(end)
+        return end.status
 
     # -- before the first step ---------------------------------------------------------------------------
 
-    def _dataset(self) -> Dataset:
-        model, training = self.settings.model, self.settings.training
-        wanted = Wanted(
-            train=training.steps * training.global_batch_size,
-            held_out=training.eval_batches * training.global_batch_size,
-        )
-        dataset = together(
-            lambda: build_dataset(
-                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size, wanted=wanted
-            )
-        )
-        same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})
-        return dataset
-
-    def _open_run(self, stack: ExitStack) -> tuple[Path, Path | None, bool]:
-        """Open the run directory on rank 0; every rank learns where it is, what to resume from, and whether
-        it holds a run that goes on."""
-
-        def opened() -> tuple[str, str | None, bool]:
-            opening = open_run(
-                self.settings.run_dir, self.settings.training.resume, self.settings.recipe.name
-            )
-            self.run_dir = opening.run
-            stack.callback(opening.run.close)
-            checkpoint = str(opening.checkpoint) if opening.checkpoint else None
-            return str(opening.run.path), checkpoint, opening.goes_on
-
-        path, checkpoint, goes_on = agree(opened)
-        return Path(path), Path(checkpoint) if checkpoint else None, goes_on
-
-    def _build(self, dataset: Dataset, path: Path, job: dict[str, Any], fp8_run: Fp8Run) -> Trainer:
+    def _build(self, dataset: Dataset, record: JobRecord, job: dict[str, Any], fp8_run: Fp8Run) -> Trainer:
         from megatron.core.distributed import finalize_model_grads
 
         settings, model, training = self.settings, self.settings.model, self.settings.training
@@ -190,7 +157,7 @@ class _Session:
             config.no_sync_func = wrapped.no_sync
         scheduler = build_scheduler(settings.optimizer, optimizer, total_steps=training.steps)
         checkpointer = Checkpointer(
-            checkpoints=path / CHECKPOINTS,
+            checkpoints=record.path / CHECKPOINTS,
             model=gpt,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -200,20 +167,16 @@ class _Session:
             versions=dict(self.invocation.versions),
             keep=training.keep_checkpoints,
         )
-        log = MetricsLog(path / METRICS_FILE)
-
-        def write_metrics(step: Step) -> None:
-            if self.is_first_rank:
-                log.append(step.metrics())
 
         def write_manifest(step: int) -> None:
             if not self.is_first_rank or fp8_run.manifest is None:
                 return
             document = fp8_run.manifest.to_dict()
             if settings.schedule.spans:
-                (path / MANIFESTS).mkdir(exist_ok=True)
-                atomic_write_json(path / MANIFESTS / f"step_{step:08d}.json", document)
-            atomic_write_json(path / MANIFEST_FILE, document)
+                manifests = record.path / MANIFESTS
+                manifests.mkdir(exist_ok=True)
+                atomic_write_json(manifests / f"step_{step:08d}.json", document)
+            atomic_write_json(record.path / MANIFEST_FILE, document)
 
         return Trainer(
             settings=training,
@@ -223,90 +186,10 @@ class _Session:
             scheduler=scheduler,
             fp8_run=fp8_run,
             checkpointer=checkpointer,
-            log=write_metrics,
+            log=record.log,
             proven=write_manifest,
             before_save=lambda: self.recorder.flush() if self.recorder is not None else None,
             alerts=self.alert_actions,
-        )
-
-    def _start_record(self, path: Path, start: Position, *, resumed: bool) -> None:
-        """On rank 0: `run.json` says running, and the metrics after the point of resumption are gone."""
-        invocation = self.invocation
-
-        def write() -> None:
-            assert self.run_dir is not None
-            self.run_dir.start(
-                command=invocation.command,
-                overrides=invocation.overrides,
-                recipe=self.settings.recipe.to_dict(),
-                device=invocation.device_label,
-                versions=invocation.versions,
-                config_yaml=invocation.config_yaml,
-                resumed_at=start.step if resumed else None,
-            )
-            MetricsLog(path / METRICS_FILE).truncate_after(start.step)
-
-        agree(write)
-
-    def _show_banner(self, trainer: Trainer, dataset: Dataset, path: Path, start: Position) -> None:
-        settings, sizes = self.settings, self.sizes
-        parameters = count_parameters(trainer.checkpointer.model)  # collective
-        versions = self.invocation.versions
-        model, plan = settings.model, trainer.forward.plan
-        rows = {
-            "recipe": str(settings.schedule),
-            **(
-                {"modules": ", ".join(f"{entry.pattern} in {entry.recipe}" for entry in settings.modules)}
-                if settings.modules
-                else {}
-            ),
-            "device": self.invocation.device_label,
-            "model": f"{model.display_name}: {model.num_layers} layers, hidden {model.hidden_size}, "
-            f"{model.num_attention_heads} heads, {parameters / 1e6:,.1f} M parameters",
-            "data": f"{dataset.name}: {dataset.description}",
-            "batch": f"{plan.global_batch_size} x {model.seq_length} tokens a step in {plan.micro_batches} "
-            f"micro-batch(es) a rank",
-            "parallelism": f"{dist.get_world_size()} process(es): data {plan.data_ranks}, tensor {sizes.tp}"
-            f"{' with sequence' if sizes.sequence else ''}, pipeline {sizes.pp}, context {sizes.cp}",
-            "versions": ", ".join(f"{name} {version or '-'}" for name, version in versions.items()),
-            "run directory": str(path),
-        }
-        if start.step:
-            rows["resumed"] = f"after step {start.step} of {settings.training.steps}"
-        display.banner(self.console, rows)
-        for note in self.invocation.notes:
-            self.console.print(note, style="yellow", markup=False)
-
-    # -- after the last step -----------------------------------------------------------------------------
-
-    def _finish(self, path: Path, outcome: Outcome, held_out: float | None) -> None:
-        if self.run_dir is None:
-            return
-        rows = read_metrics(path / METRICS_FILE)
-        losses = (rows[0]["loss"], rows[-1]["loss"]) if rows else None
-        if outcome.finished:
-            self.run_dir.finish(
-                {
-                    "steps": outcome.position.step,
-                    "first_loss": losses[0] if losses else None,
-                    "last_loss": losses[1] if losses else None,
-                    "held_out_loss": held_out,
-                }
-            )
-        else:
-            reason = _stopped_by(outcome)
-            self.run_dir.interrupt(f"stopped after step {outcome.position.step} {reason}")
-            self.console.print(f"Stopped after step {outcome.position.step} {reason}.")
-        _show_report(path, self.console)
-        resumable = not outcome.finished and (self.settings.training.save_every > 0 or bool(outcome.rule))
-        for sink, values in (self.recorder.lost if self.recorder is not None else {}).items():
-            self.console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
-        display.farewell(
-            self.console,
-            path,
-            held_out=held_out,
-            tensorboard=(path / "tensorboard").is_dir(),
-            resumable=resumable,
         )
 
     def _telemetry(self, path: Path) -> Callable[[Any], Recorder] | None:
@@ -335,27 +218,7 @@ class _Session:
         return attach
 
 
-def _stopped_by(outcome: Outcome) -> str:
-    if outcome.signal:
-        return f"by signal {outcome.signal}"
-    return f"by the alert {outcome.rule}" if outcome.rule else "as asked (training.stop_at_step)"
-
-
 def _data_rank() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_rank())
-
-
-def _show_report(path: Path, console: Console) -> None:
-    from nemo_fp8_recipes.report import text
-
-    text.render(path, console)
-
-
-def _record_failure(run_dir: RunDirectory, error: BaseException) -> None:
-    """Say in `run.json` that the run failed; if even that cannot be written, the error says so too."""
-    try:
-        run_dir.fail(error)
-    except Exception as second:  # noqa: BLE001  # the first error is the one to report
-        error.add_note(f"{run_dir.path / 'run.json'} could not be updated: {second}")

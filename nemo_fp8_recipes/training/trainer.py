@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,40 +11,17 @@ from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
 from nemo_fp8_recipes.training.alert_actions import AlertActions
 from nemo_fp8_recipes.training.checkpoint.checkpointer import Checkpointer, Position
 from nemo_fp8_recipes.training.display import ProgressLine
-from nemo_fp8_recipes.training.errors import DivergedError
 from nemo_fp8_recipes.training.forward import Forward, reduce_loss
-from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
+from nemo_fp8_recipes.training.interruption import Interruption, received
 from nemo_fp8_recipes.training.schema import TrainingConfig
+from nemo_fp8_recipes.training.step import Step
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-__all__ = ["Outcome", "Step", "Trainer"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One completed optimizer step. Losses are means per token over the global batch."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    step_time_ms: float
-    tokens: int
-    """Training tokens consumed so far, over all ranks."""
-
-    def metrics(self) -> dict[str, float | int]:
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm,
-            "step_time_ms": self.step_time_ms,
-            "tokens": self.tokens,
-        }
+__all__ = ["Outcome", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +72,7 @@ class Trainer:
             step, stopped = self._step(position, interruption)
             position = Position(step.step, position.consumed + self.forward.plan.global_batch_size)
             line.update(step.step, step.loss, step.step_time_ms)
-            if step.step % self.settings.log_every == 0 or step.step in (1, last):
+            if step.is_logged(self.settings):
                 self.log(step)
             if self.fp8_run.proven_at == position.step:
                 self.proven(position.step)
@@ -127,8 +103,7 @@ class Trainer:
         succeeded, grad_norm, _ = self.optimizer.step()
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
-        flags = [float(interruption.signal == watched) for watched in WATCHED]
-        loss, *received = reduce_loss(reports, self.forward.device, *flags)
+        loss, *signals = reduce_loss(reports, self.forward.device, *interruption.flags())
         norm = float(grad_norm) if grad_norm is not None else 0.0
         step = Step(
             step=number,
@@ -139,14 +114,7 @@ class Trainer:
             tokens=(position.consumed + self.forward.plan.global_batch_size) * self.forward.seq_length,
         )
         self.fp8_run.end_step(number, {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
-        if not (succeeded and math.isfinite(loss) and math.isfinite(norm)):
+        if not (succeeded and step.finite):
             self.log(step)
-            raise DivergedError(
-                f"Step {number} diverged: loss {loss}, gradient norm {norm}.",
-                key="fp8_recipe",
-                value=self.fp8_run.recipe.name,
-                hint="The telemetry up to here shows where; try another recipe or a lower optimizer.lr.",
-            )
-        return step, next(
-            (int(watched) for watched, ranks in zip(WATCHED, received, strict=True) if ranks), 0
-        )
+            raise step.diverged(self.fp8_run.recipe.name)
+        return step, received(signals)

@@ -17,6 +17,8 @@ from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection import Manifest
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.targets.bridge import PREFIX
+from nemo_fp8_recipes.telemetry.alerts.alert import Alert
+from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
 from nemo_fp8_recipes.telemetry.recorder import Recorder
 from nemo_fp8_recipes.training.files import atomic_write_json
 
@@ -39,6 +41,11 @@ class Fp8Callback(Callback):
         history: store delayed scaling's amax history windows.
         flush_every: logging steps between two flushes.
         device: what the records say of the device; None asks.
+        stats_every: optimizer steps between two logging steps that read the tensors themselves (underflow,
+            saturation, SQNR, …); step 1 is one. 0: none do.
+        whatif: globs over `<module>/<tensor>` that those steps judge under every other recipe too.
+        alerts: the rules that telemetry is watched by; None: those of conf/alerts/default.yaml.
+        on_alert: called with the alerts of a logging step when the next step begins, on every rank.
         enabled: False proves and writes the manifest, and observes nothing.
 
     Attributes:
@@ -58,6 +65,10 @@ class Fp8Callback(Callback):
         history: bool = True,
         flush_every: int = 10,
         device: str | None = None,
+        stats_every: int = 100,
+        whatif: Sequence[str] = (),
+        alerts: AlertsConfig | None = None,
+        on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
         enabled: bool = True,
     ) -> None:
         self.directory = Path(directory)
@@ -71,6 +82,10 @@ class Fp8Callback(Callback):
             "history": history,
             "flush_every": flush_every,
             "device": device,
+            "stats_every": stats_every,
+            "whatif": tuple(whatif),
+            "alerts": alerts,
+            "on_alert": on_alert,
         }
         self._enabled = enabled
         self._last_event = "on_train_end"

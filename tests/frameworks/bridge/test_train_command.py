@@ -102,6 +102,36 @@ def test_the_run_directory_and_resuming_in_it(tmp_path: Path) -> None:
     assert other == 2
 
 
+def test_telemetry_and_alerts_are_those_of_the_configuration(tmp_path: Path) -> None:
+    rule = "+alerts.custom.mine={stat: amax, tensor: input, above: 0, action: %s, message: '{value}'}"
+    asked = [
+        "framework=bridge",
+        "fp8_recipe=mxfp8",
+        "telemetry.stats_every=3",
+        "telemetry.whatif=['*.layers.0.*/input']",
+    ]
+    saved, stopped = tmp_path / "saved", tmp_path / "stopped"
+    assert train(saved, *asked, rule % "checkpoint") == 0
+    assert json.loads((saved / "run.json").read_text())["status"] == "finished"
+    assert [path.name for path in (saved / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+    logged = rows(saved)
+    assert {step for step, _, _, stat in logged if stat == "sqnr"} == {1, 3}
+    assert {
+        module.split(".")[2] for _, module, _, stat in logged if stat.startswith("whatif/tensorwise/")
+    } == {"0"}
+
+    # The values of step 1 arrive when step 2 begins, which is still run to its end.
+    assert train(stopped, *asked, rule % "stop") == 0
+    assert json.loads((stopped / "run.json").read_text())["status"] == "interrupted"
+    assert [row["step"] for row in read_metrics(stopped / "metrics.jsonl")] == [1, 2]
+    assert train(stopped, *asked, "training.resume=auto") == 0
+    # All but the what-if of delayed scaling, whose recorded history begins again with the process.
+    again = rows(stopped)
+    assert {key: value for key, value in again.items() if "whatif/delayed/" not in key[3]} == {
+        key: value for key, value in logged.items() if "whatif/delayed/" not in key[3]
+    }
+
+
 def test_errors_are_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", "framework=bridge", "fp8_recipe=mxfp8", "hardware=h100") == 2
     assert "Traceback" not in capfd.readouterr().err

@@ -101,13 +101,36 @@ def test_stopping_and_going_on(tmp_path: Path) -> None:
             'recipe_modules=[{modules: "*.linear_proj", recipe: bf16}]',
             "framework=nemo .*framework=megatron_core",
         ),
-        ("alerts.saturation.action=stop", "reports alerts and does not act on them"),
     ],
 )
 def test_what_the_trainer_would_not_do_is_refused(override: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         run("nemo", tmp_path / "run", "fp8_recipe=mxfp8", override)
     assert not (tmp_path / "run").exists()
+
+
+def test_telemetry_and_alerts_are_those_of_the_configuration(tmp_path: Path) -> None:
+    rule = "{stat: amax, tensor: input, above: 0, action: %s, message: '{module} is at {value}'}"
+    asked = ["fp8_recipe=mxfp8", "telemetry.stats_every=3", "telemetry.whatif=['*.layers.0.*/input']"]
+    saved = run("nemo", tmp_path / "saved", *asked, "+alerts.custom.mine=" + rule % "checkpoint")
+    assert saved.record["status"] == "finished"
+    assert [path.name for path in (tmp_path / "saved" / "checkpoints").iterdir()] == ["step_000002"]
+    logged = values(tmp_path / "saved")
+    assert {step for step, _, _, stat in logged if stat == "sqnr"} == {1, 3}
+    assert {
+        module.split(".")[2] for _, module, _, stat in logged if stat.startswith("whatif/tensorwise/")
+    } == {"0"}
+
+    # The values of step 1 arrive when step 2 begins, which is still run to its end.
+    stopped = run("nemo", tmp_path / "stopped", *asked, "+alerts.custom.mine=" + rule % "stop")
+    assert stopped.record["status"] == "interrupted"
+    assert [step for step, _ in stopped.losses] == [1, 2]
+    run("nemo", tmp_path / "stopped", *asked, "training.resume=auto")
+    # All but the what-if of delayed scaling, whose recorded history begins again with the process.
+    again = values(tmp_path / "stopped")
+    assert {key: value for key, value in again.items() if "whatif/delayed/" not in key[3]} == {
+        key: value for key, value in logged.items() if "whatif/delayed/" not in key[3]
+    }
 
 
 def test_bf16_is_a_job_too(tmp_path: Path) -> None:

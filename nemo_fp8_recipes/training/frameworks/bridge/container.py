@@ -17,7 +17,7 @@ from nemo_fp8_recipes.training.lr_schedule import schedule_steps
 from nemo_fp8_recipes.training.model import gpt_fields, transformer_fields
 from nemo_fp8_recipes.training.settings import Settings
 
-__all__ = ["container"]
+__all__ = ["container", "may_save"]
 
 
 def container(
@@ -95,8 +95,9 @@ def container(
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size - 1),
         logger=bridge.LoggerConfig(log_interval=training.log_every, logging_level=logging.WARNING),
         checkpoint=bridge.CheckpointConfig(
-            save=str(checkpoints) if training.save_every else None,
-            save_interval=training.save_every or None,
+            # An interval of 0 saves nothing, not even at the end, until an alert asks for it (`StepRecord`).
+            save=str(checkpoints) if may_save(settings) else None,
+            save_interval=training.save_every if may_save(settings) else None,
             load=str(resume_from) if resume_from is not None else None,
             most_recent_k=training.keep_checkpoints,
             ckpt_format="torch_dist",
@@ -108,6 +109,11 @@ def container(
         mixed_precision=_precision(settings),
         **parts,
     )
+
+
+def may_save(settings: Settings) -> bool:
+    """Whether the job may save a checkpoint: regularly, or because an alert asks for it."""
+    return settings.training.save_every > 0 or settings.alerts.acts
 
 
 def _precision(settings: Settings) -> Any:

@@ -1,8 +1,7 @@
-"""What the run's own record needs of each step: metrics, progress, and the wish to stop."""
+"""What the job's record needs of each step: metrics, progress, and the wish to stop."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,17 +11,17 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemo_fp8_recipes.callbacks.bridge.callback import train_metrics
+from nemo_fp8_recipes.training.alert_actions import AlertActions
 from nemo_fp8_recipes.training.display import ProgressLine
-from nemo_fp8_recipes.training.errors import DivergedError
-from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
+from nemo_fp8_recipes.training.interruption import Interruption, received
 from nemo_fp8_recipes.training.settings import Settings
-from nemo_fp8_recipes.training.trainer import Step
+from nemo_fp8_recipes.training.step import Step
 
-__all__ = ["RunRecord"]
+__all__ = ["StepRecord"]
 
 
 @dataclass
-class RunRecord(Callback):
+class StepRecord(Callback):
     """Writes metrics, moves the progress bar, ends the job where it should stop or has diverged.
 
     Attributes:
@@ -33,12 +32,14 @@ class RunRecord(Callback):
 
     settings: Settings
     interruption: Interruption
+    alerts: AlertActions
     line: ProgressLine
     log: Callable[[Step], None]
     device: torch.device
     step: int = 0
     signal: int = 0
     held_out_loss: float | None = None
+    _extra_save: bool = field(default=False, repr=False)
     _started: float = field(default=0.0, repr=False)
     _learning_rate: float = field(default=0.0, repr=False)
 
@@ -46,6 +47,9 @@ class RunRecord(Callback):
         self.step = int(context.state.train_state.step)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
+        if self._extra_save:
+            context.state.cfg.checkpoint.save_interval = self.settings.training.save_every
+            self._extra_save = False
         self._started = time.perf_counter()
         # The schedule moves on before the step's end is told.
         self._learning_rate = float(context.optimizer.param_groups[0]["lr"])
@@ -65,18 +69,20 @@ class RunRecord(Callback):
             tokens=self.step * training.global_batch_size * self.settings.model.seq_length,
         )
         self.line.update(step.step, step.loss, step.step_time_ms)
-        diverged = context.skipped_iter or not (math.isfinite(loss) and math.isfinite(norm))
-        if diverged or self.step % training.log_every == 0 or self.step in (1, training.steps):
+        diverged = context.skipped_iter or not step.finite
+        if diverged or step.is_logged(training):
             self.log(step)
         if diverged:
-            raise DivergedError(
-                f"Step {self.step} diverged: loss {loss}, gradient norm {norm}.",
-                key="fp8_recipe",
-                value=self.settings.recipe.name,
-                hint="The telemetry up to here shows where; try another recipe or a lower optimizer.lr.",
-            )
-        if self.signal or self.step == training.stop_at_step:
+            raise step.diverged(self.settings.recipe.name)
+        if self.alerts.take_checkpoint():
+            self._save_after_this_step(context)
+        if self.signal or self.alerts.stop is not None or self.step == training.stop_at_step:
             _end_after_this_step(context)
+
+    def _save_after_this_step(self, context: CallbackContext) -> None:
+        """Bridge saves after the steps that its interval divides, and offers no other way to ask."""
+        context.state.cfg.checkpoint.save_interval = self.step
+        self._extra_save = True
 
     def on_eval_end(self, context: CallbackContext) -> None:
         for name, value in (context.total_loss_dict or {}).items():
@@ -89,18 +95,15 @@ class RunRecord(Callback):
 
         Only the last pipeline stage has a loss, and all of its ranks have the same.
         """
-        signals = [float(self.interruption.signal == watched) for watched in WATCHED]
         row = torch.tensor(
-            [loss or 0.0, float(loss is not None), norm, 1.0, *signals],
+            [loss or 0.0, float(loss is not None), norm, 1.0, *self.interruption.flags()],
             dtype=torch.float64,
             device=self.device,
         )
         if dist.get_world_size() > 1:
             dist.all_reduce(row)
-        total, having, norms, ranks, *received = row.tolist()
-        self.signal = next(
-            (int(watched) for watched, count in zip(WATCHED, received, strict=True) if count), 0
-        )
+        total, having, norms, ranks, *signals = row.tolist()
+        self.signal = received(signals)
         return (total / having if having else float("nan")), norms / ranks
 
 

@@ -9,10 +9,10 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,21 +21,20 @@ from megatron.bridge.training.pretrain import pretrain
 
 from nemo_fp8_recipes.callbacks.bridge import Fp8Callback, active
 from nemo_fp8_recipes.errors import CheckpointError, Fp8Error
-from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.training import display
+from nemo_fp8_recipes.training.alert_actions import AlertActions, load_callback
 from nemo_fp8_recipes.training.checkpoint.directory import require_same_job
-from nemo_fp8_recipes.training.data import Dataset, Wanted, build_dataset
-from nemo_fp8_recipes.training.distributed import agree, rendezvous, same_everywhere, together
+from nemo_fp8_recipes.training.data import Dataset
+from nemo_fp8_recipes.training.distributed import agree, rendezvous
 from nemo_fp8_recipes.training.files import atomic_write_json
-from nemo_fp8_recipes.training.frameworks.bridge.container import container
-from nemo_fp8_recipes.training.frameworks.bridge.record import RunRecord
+from nemo_fp8_recipes.training.frameworks.bridge.container import container, may_save
+from nemo_fp8_recipes.training.frameworks.bridge.record import StepRecord
 from nemo_fp8_recipes.training.interruption import watch_signals
 from nemo_fp8_recipes.training.invocation import Invocation
-from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
-from nemo_fp8_recipes.training.resume import open_run
-from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, METRICS_FILE, RunDirectory
+from nemo_fp8_recipes.training.job_data import load_dataset
+from nemo_fp8_recipes.training.job_record import End, JobRecord
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS
 from nemo_fp8_recipes.training.settings import Settings
-from nemo_fp8_recipes.training.trainer import Step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,76 +71,45 @@ class _Session:
         self.first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.first_rank)
         self.console.file = sys.stdout  # and not what `_bridges_output` puts in its place
-        self.run_dir: RunDirectory | None = None  # on rank 0
+        self.alert_actions = AlertActions(load_callback(settings.alerts.callback))
 
     def run(self, stack: ExitStack) -> int:
-        model, training = self.settings.model, self.settings.training
-        wanted = Wanted(
-            train=training.steps * training.global_batch_size,
-            held_out=training.eval_batches * training.global_batch_size,
+        dataset = load_dataset(self.settings, self.invocation)
+        job = self.settings.job_identity(
+            data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()
         )
-        dataset = together(
-            lambda: build_dataset(
-                self.settings.data, seq_length=model.seq_length, vocab_size=model.vocab_size, wanted=wanted
-            )
+        record = JobRecord.open(
+            stack,
+            self.settings,
+            self.invocation,
+            self.console,
+            newest=lambda checkpoints: checkpoints if newest_step(checkpoints) is not None else None,
+            look=lambda checkpoints: _step_of_this_job(checkpoints, job),
         )
-        same_everywhere({"data.fingerprint": dataset.fingerprint, **self.invocation.versions})
-        path, step = self._open(stack, dataset)
-        try:
-            return self._train(path, step, dataset)
-        except BaseException as error:
-            if self.run_dir is not None:
-                self._record_failure(self.run_dir, error)
-            raise
+        with record.failing():
+            if record.checkpoint is None and may_save(self.settings):
+                agree(lambda: _write_job(record.path / CHECKPOINTS, job))
+            return self._train(record, dataset)
 
-    def _open(self, stack: ExitStack, dataset: Dataset) -> tuple[Path, int | None]:
-        """The run directory, and the step to go on from; None for a new run."""
-        settings = self.settings
-
-        def newest(checkpoints: Path) -> Path | None:
-            return checkpoints if newest_step(checkpoints) is not None else None
-
-        def opened() -> tuple[str, int | None]:
-            opening = open_run(settings.run_dir, settings.training.resume, settings.recipe.name, newest)
-            self.run_dir = opening.run
-            stack.callback(opening.run.close)
-            checkpoints = opening.run.checkpoints
-            job = settings.job_identity(
-                data_fingerprint=dataset.fingerprint, world_size=dist.get_world_size()
-            )
-            step = newest_step(checkpoints) if opening.checkpoint is not None else None
-            if step is not None:
-                require_same_job(checkpoints, json.loads((checkpoints / JOB_FILE).read_text()), job)
-            elif settings.training.save_every:
-                checkpoints.mkdir(exist_ok=True)
-                atomic_write_json(checkpoints / JOB_FILE, job)
-            return str(opening.run.path), step if step is not None else (0 if opening.goes_on else None)
-
-        path, step = agree(opened)
-        return Path(path), step
-
-    def _train(self, path: Path, resumed_at: int | None, dataset: Dataset) -> int:
+    def _train(self, record: JobRecord, dataset: Dataset) -> int:
         settings, invocation = self.settings, self.invocation
-        start = resumed_at or 0
-        self._start_record(path, resumed_at)
-        display.banner(self.console, self._facts(path, dataset, start))
-        for note in invocation.notes:
-            self.console.print(note, style="yellow", markup=False)
-        checkpoints = path / CHECKPOINTS
+        record.begin()
+        record.show_banner(dataset, processes=dist.get_world_size(), framework="Megatron-Bridge: pretrain()")
         config = container(
-            settings, invocation, checkpoints=checkpoints, resume_from=checkpoints if start else None
+            settings,
+            invocation,
+            checkpoints=record.path / CHECKPOINTS,
+            resume_from=record.path / CHECKPOINTS if record.start else None,
         )
-        log = MetricsLog(path / METRICS_FILE)
-
-        def write_metrics(step: Step) -> None:
-            if self.first_rank:
-                log.append(step.metrics())
-
         telemetry = settings.telemetry
         callback = Fp8Callback(
-            path,
+            record.path,
             recipe=settings.recipe,
             log_every=telemetry.log_every,
+            stats_every=telemetry.stats_every,
+            whatif=telemetry.whatif,
+            alerts=settings.alerts,
+            on_alert=self.alert_actions if settings.alerts.acts else None,
             sinks=telemetry.sinks,
             history=telemetry.history,
             flush_every=telemetry.flush_every,
@@ -150,100 +118,36 @@ class _Session:
         )
         with (
             watch_signals() as interruption,
-            display.progress(self.console, total=settings.training.steps, done=start) as line,
-            _bridges_output(path if self.first_rank else None),
+            display.progress(self.console, total=settings.training.steps, done=record.start) as line,
+            _bridges_output(record.path if self.first_rank else None),
         ):
-            record = RunRecord(settings, interruption, line, write_metrics, self.device)
+            steps = StepRecord(settings, interruption, self.alert_actions, line, record.log, self.device)
             try:
-                pretrain(config, forward_step, callbacks=[callback, record])
+                pretrain(config, forward_step, callbacks=[callback, steps])
             finally:
                 active.end()
-        self._finish(path, record, callback)
-        return 128 + record.signal if record.signal else 0
-
-    # -- the run's record --------------------------------------------------------------------------------
-
-    def _start_record(self, path: Path, resumed_at: int | None) -> None:
-        """On rank 0: `run.json` says running, and the metrics after the point of resumption are gone."""
-        invocation = self.invocation
-
-        def write() -> None:
-            assert self.run_dir is not None
-            self.run_dir.start(
-                command=invocation.command,
-                overrides=invocation.overrides,
-                recipe=self.settings.recipe.to_dict(),
-                device=invocation.device_label,
-                versions=invocation.versions,
-                config_yaml=invocation.config_yaml,
-                resumed_at=resumed_at,
-            )
-            MetricsLog(path / METRICS_FILE).truncate_after(resumed_at or 0)
-
-        agree(write)
-
-    def _facts(self, path: Path, dataset: Dataset, start: int) -> dict[str, str]:
-        settings, sizes, training = self.settings, self.settings.parallel, self.settings.training
-        model = settings.model
-        processes = dist.get_world_size()
-        facts = {
-            "recipe": settings.recipe.name,
-            "device": self.invocation.device_label,
-            "framework": "Megatron-Bridge: pretrain()",
-            "model": f"{model.display_name}: {model.num_layers} layers, hidden {model.hidden_size}, "
-            f"{model.num_attention_heads} heads",
-            "data": f"{dataset.name}: {dataset.description}",
-            "batch": f"{training.global_batch_size} x {model.seq_length} tokens a step",
-            "parallelism": f"{processes} process(es): data {sizes.data_parallel(processes)}, "
-            f"tensor {sizes.tp}{' with sequence' if sizes.sequence else ''}, pipeline {sizes.pp}, "
-            f"context {sizes.cp}",
-            "versions": ", ".join(
-                f"{name} {version or '-'}" for name, version in self.invocation.versions.items()
-            ),
-            "run directory": str(path),
-        }
-        if start:
-            facts["resumed"] = f"after step {start} of {training.steps}"
-        return facts
-
-    def _finish(self, path: Path, record: RunRecord, callback: Fp8Callback) -> None:
-        held_out = _first_known(record.held_out_loss)
-        if self.run_dir is None:
-            return
-        training = self.settings.training
-        finished = record.step >= training.steps
-        rows = read_metrics(path / METRICS_FILE)
-        if finished:
-            self.run_dir.finish(
-                {
-                    "steps": record.step,
-                    "first_loss": rows[0]["loss"] if rows else None,
-                    "last_loss": rows[-1]["loss"] if rows else None,
-                    "held_out_loss": held_out,
-                }
-            )
-        else:
-            reason = f"by signal {record.signal}" if record.signal else "as asked (training.stop_at_step)"
-            self.run_dir.interrupt(f"stopped after step {record.step} {reason}")
-            self.console.print(f"Stopped after step {record.step} {reason}.")
-        text.render(path, self.console)
-        for sink, values in (callback.recorder.lost if callback.recorder is not None else {}).items():
-            self.console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
-        display.farewell(
-            self.console,
-            path,
-            held_out=held_out,
-            tensorboard=(path / "tensorboard").is_dir(),
-            resumable=not finished and training.save_every > 0,
+        end = End(
+            steps.step,
+            held_out=_first_known(steps.held_out_loss),
+            signal=steps.signal,
+            rule=self.alert_actions.stop.rule if self.alert_actions.stop is not None else None,
+            lost=callback.recorder.lost if callback.recorder is not None else None,
         )
+        record.end(end)
+        return end.status
 
-    @staticmethod
-    def _record_failure(run_dir: RunDirectory, error: BaseException) -> None:
-        """Say in `run.json` that the run failed; if even that cannot be written, the error says so too."""
-        try:
-            run_dir.fail(error)
-        except Exception as second:  # noqa: BLE001  # the first error is the one to report
-            error.add_note(f"{run_dir.path / 'run.json'} could not be updated: {second}")
+
+def _step_of_this_job(checkpoints: Path, job: Mapping[str, Any]) -> int:
+    """The newest step there. Raises `CheckpointError` where it is of another job."""
+    step = newest_step(checkpoints)
+    assert step is not None
+    require_same_job(checkpoints, json.loads((checkpoints / JOB_FILE).read_text()), job)
+    return step
+
+
+def _write_job(checkpoints: Path, job: Mapping[str, Any]) -> None:
+    checkpoints.mkdir(exist_ok=True)
+    atomic_write_json(checkpoints / JOB_FILE, job)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +14,18 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_fp8_recipes.errors import CheckpointError
+from nemo_fp8_recipes.training.alert_actions import AlertActions
 from nemo_fp8_recipes.training.checkpoint import directory as directories
 from nemo_fp8_recipes.training.data import BatchPlan, Dataset
 from nemo_fp8_recipes.training.display import ProgressLine
 from nemo_fp8_recipes.training.distributed import agree, seed_everything
-from nemo_fp8_recipes.training.errors import DivergedError
 from nemo_fp8_recipes.training.files import writing
 from nemo_fp8_recipes.training.forward import Forward
-from nemo_fp8_recipes.training.interruption import WATCHED, Interruption
-from nemo_fp8_recipes.training.metrics import MetricsLog
-from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, METRICS_FILE
+from nemo_fp8_recipes.training.interruption import Interruption, received
+from nemo_fp8_recipes.training.job_record import End, JobRecord
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS
 from nemo_fp8_recipes.training.settings import Settings
-from nemo_fp8_recipes.training.trainer import Step
+from nemo_fp8_recipes.training.step import Step
 
 __all__ = ["Bookkeeping"]
 
@@ -45,27 +43,28 @@ class Bookkeeping(Callback):
         self,
         settings: Settings,
         dataset: Dataset,
-        path: Path,
+        record: JobRecord,
         *,
-        start: int,
         job: Mapping[str, Any],
         versions: Mapping[str, str | None],
         interruption: Interruption,
+        alerts: AlertActions,
         line: ProgressLine,
     ) -> None:
-        self.step = start
+        self.step = record.start
         self.signal = 0
         self.held_out: float | None = None
         self._settings = settings
         self._dataset = dataset
-        self._checkpoints = path / CHECKPOINTS
-        self._log = MetricsLog(path / METRICS_FILE)
+        self._record = record
+        self._checkpoints = record.path / CHECKPOINTS
         self._job = dict(job)
         self._versions = dict(versions)
         self._interruption = interruption
+        self._alerts = alerts
         self._line = line
         self._started = 0.0
-        self._saved = start
+        self._saved = record.start
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Processes and groups are there, the model is not: the same random states as in the reference
@@ -91,24 +90,24 @@ class Bookkeeping(Callback):
             tokens=self.step * training.global_batch_size * self._settings.model.seq_length,
         )
         self._line.update(step.step, step.loss, step.step_time_ms)
-        finite = math.isfinite(step.loss) and math.isfinite(step.grad_norm)
-        if step.step % training.log_every == 0 or step.step in (1, training.steps) or not finite:
-            self._write(trainer, step)
-        if not finite:
-            raise DivergedError(
-                f"Step {step.step} diverged: loss {step.loss}, gradient norm {step.grad_norm}.",
-                key="fp8_recipe",
-                value=self._settings.recipe.name,
-                hint="The telemetry up to here shows where; try another recipe or a lower optimizer.lr.",
-            )
+        if step.is_logged(training):
+            self._record.log(step)
+        if not step.finite:
+            raise step.diverged(self._settings.recipe.name)
         every = training.save_every
-        if every and (self.step % every == 0 or self.step == training.steps):
+        due = every and (self.step % every == 0 or self.step == training.steps)
+        if self._alerts.take_checkpoint() or due:
             self._save(trainer)
         self.signal = self._signal_of_some_rank()
-        if self.signal or self.step == training.stop_at_step:
+        if self.signal or self._alerts.stop is not None or self.step == training.stop_at_step:
             if every and self.step > self._saved:
                 self._save(trainer)
             trainer.should_stop = True
+
+    def end(self, *, lost: Mapping[str, int]) -> End:
+        """How the training ended; `lost`: what telemetry's sinks could not write."""
+        rule = self._alerts.stop.rule if self._alerts.stop is not None else None
+        return End(self.step, held_out=self.held_out, signal=self.signal, rule=rule, lost=lost)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The held-out loss, as the reference loop has it: same batches, same forward pass."""
@@ -145,19 +144,13 @@ class Bookkeeping(Callback):
             )
         return float(loss)
 
-    def _write(self, trainer: Any, step: Step) -> None:
-        if trainer.is_global_zero:
-            self._log.append(step.metrics())
-
     def _signal_of_some_rank(self) -> int:
         """The signal that some rank has received by now, on every rank; 0: none has."""
-        flags = torch.tensor([float(self._interruption.signal == watched) for watched in WATCHED])
+        flags = torch.tensor(self._interruption.flags())
         if dist.get_world_size() > 1:
             flags = flags.cuda() if dist.get_backend() == "nccl" else flags
             dist.all_reduce(flags)
-        return next(
-            (int(watched) for watched, ranks in zip(WATCHED, flags.tolist(), strict=True) if ranks), 0
-        )
+        return received(flags.tolist())
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

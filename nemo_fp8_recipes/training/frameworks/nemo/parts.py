@@ -33,14 +33,6 @@ _NOT_IN_GPT_CONFIG = ("rope_scaling", "rope_scaling_factor")
 
 def check_supported(settings: Settings) -> None:
     """Raise `ConfigError` for what the job may say and NeMo's trainer would not do."""
-    if settings.alerts.acts:
-        raise ConfigError(
-            "framework=nemo reports alerts and does not act on them, and the configuration has a rule that "
-            "stops or saves, or a callback.",
-            key="alerts",
-            value=settings.alerts.name,
-            hint="Set those rules to action=warn, or train with framework=megatron_core.",
-        )
     if settings.model.rope_scaling_factor is not None:
         raise ConfigError(
             f"{settings.model.display_name} scales its rotary embeddings, which NeMo's GPTConfig cannot say.",

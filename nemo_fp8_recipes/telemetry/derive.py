@@ -104,7 +104,8 @@ def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
 @functools.lru_cache(maxsize=1 << 14)
 def _series(spec: ReadingSpec) -> Series:
     """The series of a reading that is a statistic as it is."""
-    return Series(spec.module, spec.tensor, spec.name, spec.recipe, spec.format)
+    name = f"{WHATIF}/{spec.recipe}/{spec.name}" if spec.whatif else spec.name
+    return Series(spec.module, spec.tensor, name, spec.recipe, spec.format)
 
 
 def _statistics(

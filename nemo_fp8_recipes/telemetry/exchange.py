@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
 __all__ = ["Exchange", "InFlight", "decode", "encode"]
+
+T = TypeVar("T")
 
 RANGED = "scale"
 """The minimum that is taken with its maximum, `scale_max`; that is given where the two differ."""
@@ -238,8 +240,8 @@ class Exchange:
     def __init__(self, group: Any | None, *, writer: bool) -> None:
         self._group = group
         self._distributed = dist.is_available() and dist.is_initialized()
-        self._world_size = dist.get_world_size(group) if self._distributed else 1
-        self._rank = dist.get_rank(group) if self._distributed else 0
+        self.world_size = self._world_size = dist.get_world_size(group) if self._distributed else 1
+        self.rank = self._rank = dist.get_rank(group) if self._distributed else 0
         self._writer = writer
         self._indices = IndexCache()
         self._known: dict[str, set[ReadingSpec]] = {}
@@ -301,6 +303,14 @@ class Exchange:
         given = [value if self._writer else None]
         dist.broadcast_object_list(given, self._source, group=self._group)
         return tuple(given[0] or ())
+
+    def of_all_ranks(self, mine: T) -> list[T]:
+        """What each rank has, by rank; collective. `mine` must be picklable."""
+        if self._world_size == 1:
+            return [mine]
+        found: list[Any] = [None] * self._world_size
+        dist.all_gather_object(found, mine, group=self._group)
+        return found
 
     def _writing_rank(self, device: torch.device) -> int:
         """The first rank that writes, as torch.distributed counts it. Collective."""

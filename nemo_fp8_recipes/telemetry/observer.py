@@ -24,6 +24,7 @@ from nemo_fp8_recipes.telemetry.probes import (
 from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam, is_quantized, is_quantizer
+from nemo_fp8_recipes.telemetry.series import TENSORS
 from nemo_fp8_recipes.telemetry.sources import sources
 from nemo_fp8_recipes.telemetry.whatif import WhatIf
 
@@ -64,10 +65,17 @@ class Observer:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
         history: whether to read delayed scaling's windows.
         whatif: globs over `<module>/<tensor>` of the operands to judge under the other recipes.
+        rank, ranks: which rank of how many this is.
     """
 
     def __init__(
-        self, model: nn.Module | Sequence[nn.Module], *, history: bool, whatif: Sequence[str] = ()
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        *,
+        history: bool,
+        whatif: Sequence[str] = (),
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self._model = model
         self._linears = linears(model)
@@ -80,7 +88,7 @@ class Observer:
             "NVFP4Quantizer": Nvfp4Probe(indices),
         }
         self._elements = ElementProbe(indices)
-        self._whatif = WhatIf(whatif, indices)
+        self.whatif = WhatIf(whatif, indices, rank=rank, ranks=ranks)
         self._operands: dict[int, _Known] = {}
         self._weights: dict[int, _Known] = {}
         self._strangers: dict[int, Any] = {}
@@ -107,6 +115,14 @@ class Observer:
     @property
     def probes(self) -> tuple[Probe, ...]:
         return (self._delayed, *self._by_quantizer.values())
+
+    def chosen_modules(self) -> set[str]:
+        """The GEMMs on this rank with an operand that is judged under the other recipes."""
+        return {
+            linear.path
+            for linear in self._linears
+            if any(self.whatif.wants(Operand(linear.path, tensor)) for tensor in TENSORS)
+        }
 
     def begin(self, *, stats: bool = False) -> None:
         """A logging step starts.
@@ -135,7 +151,7 @@ class Observer:
             ends = [
                 *(probe.end for probe in self.probes),
                 self._elements.end,
-                self._whatif.end,
+                self.whatif.end,
             ]
             readings = [reading for end in ends if (reading := end()) is not None]
             if (unseen := self._unseen(readings)) is not None:
@@ -171,7 +187,7 @@ class Observer:
                     made.append(_Made(known.operand, quantizer, tensor, again, position))
             for one in made:
                 self._quantised(one)
-            if not (self._stats or self._whatif.chosen):
+            if not (self._stats or self.whatif.chosen):
                 return result
             reread = [one for one in made if self._is_reread(one.operand)]
             if reread:
@@ -207,14 +223,14 @@ class Observer:
         """Whether the tensor itself is read: a weight once a step, as it does not change within one."""
         if operand.tensor == "weight" and operand in self._measured:
             return False
-        return self._stats or self._whatif.wants(operand)
+        return self._stats or self.whatif.wants(operand)
 
     def _reread(self, made: _Made, source: torch.Tensor) -> None:
         self._measured.add(made.operand)
         if self._stats:
             self._elements.quantised(made.operand, made.quantizer, made.tensor, source)
-        if self._whatif.wants(made.operand):
-            self._whatif.quantised(made.operand, recipe_of(made.quantizer), source, judge=self._stats)
+        if self.whatif.wants(made.operand):
+            self.whatif.quantised(made.operand, recipe_of(made.quantizer), source, judge=self._stats)
 
     def _known(self, quantizer: Any, tensor: Any) -> _Known | None:
         """Whose quantizer this is, or whose weight is written; None for what is of no linear of this model,
@@ -244,7 +260,7 @@ class Observer:
                 self._operands[id(quantizer)] = one
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
         self._weights = {}
-        if self._stats or self._whatif.chosen:
+        if self._stats or self.whatif.chosen:
             self._weights = {
                 id(weight): _Known(weight, linear, Operand(linear.path, "weight"))
                 for linear in self._linears

@@ -25,9 +25,12 @@ from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.alerts.watch import Watch
 from nemo_fp8_recipes.telemetry.derive import derive
 from nemo_fp8_recipes.telemetry.exchange import Exchange, InFlight
+from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.observer import Observer
+from nemo_fp8_recipes.telemetry.series import WHATIF
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
 from nemo_fp8_recipes.telemetry.sinks.guard import GuardedSink
+from nemo_fp8_recipes.telemetry.whatif import RECORDED, Recorded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,13 +80,18 @@ class Recorder:
         """The run directory that is written; None on a rank that writes none."""
         self._watch = watch
         self._on_alert = on_alert
-        self._observer = Observer(model, history=history, whatif=whatif) if model is not None else None
+        self._observer = (
+            Observer(model, history=history, whatif=whatif, rank=exchange.rank, ranks=exchange.world_size)
+            if model is not None
+            else None
+        )
         self._device = _device_of(model)
         self._exchange = exchange
         self._sinks = [GuardedSink(sink) for sink in sinks]
         self._log_every = log_every
         self._flush_every = flush_every
         self._stats_every = stats_every
+        self._judges = bool(whatif)
         self._recording: int | None = None
         self._in_flight: tuple[int, InFlight] | None = None
         self._since_flush = 0
@@ -146,12 +154,28 @@ class Recorder:
             sink.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Training resumes after `step`: forget everything logged later. No gap and no duplicate follows."""
+        """Training resumes after `step`: forget everything logged later. No gap and no duplicate follows, and
+        what delayed scaling would have done (`whatif`) goes on from what was logged up to it.
+        """
         self._deliver()
         if self._watch is not None:
             self._watch.forget()
         for sink in self._sinks:
             sink.truncate_after(step)
+        if self._observer is not None and self._judges:
+            self._observer.whatif.restore(self._recorded(), self._device)
+
+    def _recorded(self) -> list[Recorded]:
+        """What all ranks recorded in the logging steps so far, from a sink that can read it. Collective."""
+        assert self._observer is not None
+        modules = set().union(*self._exchange.of_all_ranks(self._observer.chosen_modules()))
+        stat = f"{WHATIF}/delayed/{RECORDED}"
+        rows = next((rows for sink in self._sinks if (rows := sink.read(stat, modules))), [])
+        mine = [
+            Recorded(row["step"], Operand(row["module"], row["tensor"]), row["values"])
+            for row in sorted(rows, key=lambda row: int(row["step"]))
+        ]
+        return next((found for found in self._exchange.of_all_ranks(mine) if found), [])
 
     def close(self) -> None:
         """Flush and release everything; Transformer Engine is left as it was. Safe after a failure of this

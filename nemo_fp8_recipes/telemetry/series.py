@@ -74,6 +74,12 @@ STATS = {
         Stat("nonfinite", _ALL, "elements that are NaN or Inf in high precision"),
         Stat("sqnr", _ALL, "signal to quantisation noise in dB"),
         Stat("bulk_error", _ALL, "relative error of all elements but the largest 1 %"),
+        Stat(
+            "amax_by_rank",
+            ("delayed",),
+            "what-if: amax of each rank, behind the scale that delayed scaling would have",
+            windowed=True,
+        ),
         Stat("graphed", _ALL, "1: the module ran as a CUDA graph in this step, which was not looked into"),
         Stat("unobserved", _ALL, "1: nothing of the tensor was seen in this step"),
     )

@@ -2,14 +2,17 @@
 
 Every recipe has its default options and the format these give the operand. Blocks lie along the rows, as for
 the forward and the input-gradient GEMM. Delayed scaling takes its scale from the amax history that was
-recorded of the tensor itself, one entry a logging step.
+recorded of the tensor itself, one entry a logging step. What was recorded is read out too, each rank's own
+amax, so that a run that goes on can make its histories anew from what it logged before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +29,30 @@ from nemo_fp8_recipes.telemetry.probes.elements import ElementSums
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.stored import Stored, per_block_limit
 
-__all__ = ["RECIPES", "WhatIf"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["RECIPES", "RECORDED", "Recorded", "WhatIf"]
 
 RECIPES = tuple(name for name in recipes.names() if name != "bf16")
+
+RECORDED = "amax_by_rank"
+"""Name of the reading that holds what each rank recorded for delayed scaling's histories."""
+
+_NOTHING = -1.0
+"""In the place of a rank that recorded nothing: below every amax."""
+
+
+class Recorded(NamedTuple):
+    """What the ranks recorded of a tensor in one logging step.
+
+    Attributes:
+        values: fp32 (ranks,), the amax of the tensor on each rank; negative where it had none.
+    """
+
+    step: int
+    operand: Operand
+    values: np.ndarray
 
 
 @dataclass
@@ -55,10 +79,12 @@ class WhatIf:
 
     Args:
         chosen: globs over `<module>/<tensor>`, such as `decoder.layers.0.*/input`.
+        rank, ranks: which one of how many this is.
     """
 
-    def __init__(self, chosen: Sequence[str], indices: IndexCache) -> None:
+    def __init__(self, chosen: Sequence[str], indices: IndexCache, *, rank: int = 0, ranks: int = 1) -> None:
         self.chosen = tuple(chosen)
+        self._rank, self._ranks = rank, ranks
         self._sums = ElementSums(indices)
         self._matches: dict[Operand, bool] = {}
         self._delayed: dict[Operand, _Delayed] = {}
@@ -84,6 +110,67 @@ class WhatIf:
 
     def end(self) -> Reading | None:
         """The logging step is over: what it showed. Its amax becomes the newest entry of the histories."""
+        readings = [reading for reading in (self._sums.end(), self._recorded()) if reading is not None]
+        self._roll()
+        if not readings:
+            return None
+        return Reading(
+            tuple(spec for reading in readings for spec in reading.specs),
+            torch.cat([reading.values for reading in readings]),
+        )
+
+    def restore(self, recorded: Iterable[Recorded], device: torch.device) -> None:
+        """Make the histories what they were after these steps; what was recorded since is forgotten.
+
+        Args:
+            recorded: steps ascending. With another number of ranks than now, every rank takes the largest
+                amax of them, as delayed scaling's own reduction would.
+            device: where the model is.
+        """
+        self._delayed = {}
+        rows = [
+            (row, value)
+            for row in recorded
+            if self.wants(row.operand) and (value := self._mine(row.values)) is not None
+        ]
+        values = torch.tensor([value for _, value in rows], dtype=torch.float32).to(device)
+        numbered = enumerate(row for row, _ in rows)
+        with torch.no_grad():
+            for _, of_step in itertools.groupby(numbered, key=lambda one: one[1].step):
+                for number, row in of_step:
+                    self._state(row.operand, values[:1]).amax = values[number : number + 1]
+                self._roll()
+
+    def _mine(self, values: np.ndarray) -> np.float32 | None:
+        """This rank's part of what was recorded; None where there was none."""
+        value: np.float32 = values[self._rank] if len(values) == self._ranks else values.max()
+        return None if value < 0 else value
+
+    def _recorded(self) -> Reading | None:
+        """What this rank recorded in the step, in its place among the ranks."""
+        found = [(operand, state) for operand, state in self._delayed.items() if state.amax is not None]
+        if not found:
+            return None
+        newest = torch.cat([state.amax for _, state in found if state.amax is not None])
+        table = newest.new_full((len(found), self._ranks), _NOTHING)
+        table[:, self._rank] = newest
+        specs = tuple(
+            ReadingSpec(
+                operand.module,
+                operand.tensor,
+                RECORDED,
+                "delayed",
+                self._format("delayed", operand),
+                "max",
+                length=self._ranks,
+                whatif=True,
+            )
+            for operand, _ in found
+        )
+        return Reading(specs, table.reshape(-1))
+
+    def _roll(self) -> None:
+        """The amax of the step becomes the newest entry of the histories."""
         by_format: dict[float, list[_Delayed]] = {}
         for state in self._delayed.values():
             if state.amax is not None:
@@ -100,18 +187,21 @@ class WhatIf:
             for state in states:
                 state.amax = None
                 state.updates += 1
-        return self._sums.end()
 
     def _record(self, operand: Operand, source: Tensor) -> None:
         now = amax(source).reshape(1)
+        state = self._state(operand, now)
+        state.amax = now if state.amax is None else torch.maximum(state.amax, now)
+
+    def _state(self, operand: Operand, like: Tensor) -> _Delayed:
+        """What delayed scaling knows of an operand; an empty history on the device of `like` at first."""
         state = self._delayed.get(operand)
         if state is None:
-            recipe = recipes.load("delayed")
-            length = int(recipe.to_dict()["amax_history_len"])
+            length = int(recipes.load("delayed").to_dict()["amax_history_len"])
             fp8_max = FORMATS[self._format("delayed", operand)].max
-            state = _Delayed(fp8_max, now.new_zeros((length, 1)), torch.ones_like(now))
+            state = _Delayed(fp8_max, like.new_zeros((length, 1)), torch.ones_like(like))
             self._delayed[operand] = state
-        state.amax = now if state.amax is None else torch.maximum(state.amax, now)
+        return state
 
     def _judge(self, operand: Operand, recipe: str, x: Tensor) -> None:
         for other in RECIPES:

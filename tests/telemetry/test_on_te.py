@@ -22,7 +22,9 @@ from nemo_fp8_recipes.telemetry.series import FP8_MAX
 
 ROOT = Path(__file__).parents[2]
 DEVICES = {"delayed": "h100", "tensorwise": "h100", "blockwise": "h100", "mxfp8": "b200", "nvfp4": "b200"}
+STEPS = 5
 LOGGED = [1, 2, 4]
+RECORDED = "whatif/delayed/amax_by_rank"
 MODULES = ("first.0", "first.1", "second.0", "second.1")
 TENSORS = ("input", "weight", "grad_output")
 OPERANDS = [(module, tensor) for module in MODULES for tensor in TENSORS]
@@ -199,8 +201,12 @@ def quantised(x: np.ndarray, recipe: str, tensor: str, fmt: str, scale: float | 
     return np.clip(x * factor, -largest, largest).astype(cast).astype(np.float32) / factor
 
 
-def error_statistics(pairs: list[tuple[np.ndarray, np.ndarray]], limit: float) -> dict[str, Any]:
-    """Statistics over all (tensor, its quantised values) of a step, the bulk by a full sort."""
+def error_statistics(pairs: list[tuple[np.ndarray, np.ndarray]], limits: list[float]) -> dict[str, Any]:
+    """Statistics over all (tensor, its quantised values) of a step, the bulk by a full sort.
+
+    Args:
+        limits: the largest magnitude that the codes of each tensor stand for.
+    """
     x = np.concatenate([x.reshape(-1) for x, _ in pairs]).astype(np.float64)
     error = np.concatenate([q.reshape(-1) for _, q in pairs]).astype(np.float64) - x
     bulk = np.concatenate(
@@ -209,7 +215,9 @@ def error_statistics(pairs: list[tuple[np.ndarray, np.ndarray]], limit: float) -
     return {
         "underflow": ((x != 0) & (error == -x)).mean(),
         "zeros": (x == 0).mean(),
-        "saturation": (np.abs(x) > limit).mean(),
+        "saturation": np.concatenate(
+            [(np.abs(x) > limit).reshape(-1) for (x, _), limit in zip(pairs, limits, strict=True)]
+        ).mean(),
         "nonfinite": 0.0,
         "sqnr": pytest.approx(10 * np.log10(np.square(x).sum() / np.square(error).sum()), abs=1e-3),
         "bulk_error": pytest.approx(
@@ -224,6 +232,21 @@ def matrices(run: Run, step: int, module: str, tensor: str) -> list[np.ndarray]:
     return taken[:1] if tensor == "weight" else taken
 
 
+def delayed_scales(run: Run, module: str, tensor: str) -> dict[int, list[float | None]]:
+    """Step -> scale of each cast under the recipe of the run, a window of four: from the amax of all casts
+    before, whether their steps were logged or not.
+    """
+    largest = np.float32(FP8_MAX[run.formats[module, tensor]])
+    scale, window, found = np.float32(1), np.zeros(4, np.float32), {}
+    for step in range(1, STEPS + 1):
+        found[step] = []
+        for x in matrices(run, step, module, tensor):
+            found[step].append(float(scale))
+            window = np.append(window[1:], np.abs(x).max())
+            scale = largest / window.max()
+    return found
+
+
 def test_errors_are_those_of_the_tensors_that_were_quantised(run: Run, recipe: str) -> None:
     checked = 0
     for step in LOGGED:
@@ -236,14 +259,17 @@ def test_errors_are_those_of_the_tensors_that_were_quantised(run: Run, recipe: s
             assert found["sqnr"] > (5 if recipe == "delayed" else 15), (step, module, tensor)
             if tolerance(module, tensor) == NORM_TOLERANCE or recipe == "nvfp4":
                 continue
-            if recipe == "delayed" and tensor != "weight":
-                continue  # each micro-batch has a scale of its own, and one of them is logged
-            scale = run.logged[step, module, tensor, "scale"] if recipe == "delayed" else None
             fmt = run.formats[module, tensor]
             xs = matrices(run, step, module, tensor)
-            pairs = [(x, quantised(x, recipe, tensor, fmt, scale)) for x in xs]
-            limit = FP8_MAX[fmt] / scale if scale else np.inf
-            assert found == error_statistics(pairs, limit), (step, module, tensor)
+            scales: list[float | None] = [None] * len(xs)
+            if recipe == "delayed":
+                scales = delayed_scales(run, module, tensor)[step]
+                assert run.logged[step, module, tensor, "scale"] == scales[-1], (step, module, tensor)
+            pairs = [
+                (x, quantised(x, recipe, tensor, fmt, scale)) for x, scale in zip(xs, scales, strict=True)
+            ]
+            limits = [FP8_MAX[fmt] / scale * (1 + 2e-7) if scale else np.inf for scale in scales]
+            assert found == error_statistics(pairs, limits), (step, module, tensor)
             checked += 1
     assert checked or recipe == "nvfp4"
 
@@ -258,8 +284,11 @@ def test_the_other_recipes_are_judged_on_the_same_tensors(run: Run, recipe: str)
             named = {
                 key[3].split("/")[1]
                 for key in run.logged
-                if key[:3] == (step, module, tensor) and key[3].startswith("whatif/")
+                if key[:3] == (step, module, tensor) and key[3].startswith("whatif/") and key[3] != RECORDED
             }
+            if recipe != "delayed":
+                # What the history was made of: one rank, whose amax of the step it is.
+                assert run.logged[step, module, tensor, RECORDED] == [run.amax(step, module, tensor)]
             # Delayed scaling has no history of its own before the first logging step.
             assert named == (others - {"delayed"} if step == 1 else others)
             for other in named:
@@ -278,7 +307,8 @@ def test_the_other_recipes_are_judged_on_the_same_tensors(run: Run, recipe: str)
                     assert 10 < found["sqnr"] < 30
                     continue
                 limit = FP8_MAX[fmt] / scale if scale else np.inf
-                assert found == error_statistics(pairs, limit * (1 + 2e-7)), (step, module, tensor, other)
+                wanted = error_statistics(pairs, [limit * (1 + 2e-7)] * len(pairs))
+                assert found == wanted, (step, module, tensor, other)
 
 
 def test_transformer_engine_is_left_as_it_was(run: Run) -> None:

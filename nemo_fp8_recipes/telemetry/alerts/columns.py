@@ -44,6 +44,8 @@ class OperandTable:
         self._known = values.series  # the same object next time, where there is one
         windows = {}
         for series, window in values.windows.items():
+            if series.stat != "amax_history":
+                continue
             windows[self._row(series)] = window
         return Columns(self, values, self._places, windows)
 

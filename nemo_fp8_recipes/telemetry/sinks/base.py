@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from nemo_fp8_recipes.telemetry.series import StepValues
 
@@ -32,6 +33,13 @@ class Sink:
 
     def close(self) -> None:
         """Flush and release files. Nothing is called afterwards."""
+
+    def read(self, stat: str, modules: Iterable[str]) -> list[dict[str, Any]]:
+        """What was written of a windowed statistic of some modules, one dict a row with step, module, tensor
+        and values, fp32 (length,), in any order; empty where this sink cannot read it back.
+        """
+        del stat, modules  # for those who can
+        return []
 
     def unwritten(self) -> int:
         """Values taken but not yet written."""

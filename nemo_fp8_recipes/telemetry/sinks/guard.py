@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from nemo_fp8_recipes.telemetry.series import StepValues
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
@@ -52,6 +53,11 @@ class GuardedSink(Sink):
                 type(self.error).__name__,
                 self.error,
             )
+
+    def read(self, stat: str, modules: Iterable[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        self._call(lambda: found.extend(self._sink.read(stat, modules)), 0)
+        return found
 
     def unwritten(self) -> int:
         return self._sink.unwritten()

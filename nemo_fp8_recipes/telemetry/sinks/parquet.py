@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import StepValues
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
 from nemo_fp8_recipes.telemetry.store import StoreWriter
@@ -31,6 +34,7 @@ class ParquetSink(Sink):
     name = "parquet"
 
     def __init__(self, run_dir: Path, metadata: Mapping[str, Any]) -> None:
+        self._run_dir = run_dir
         self._writer = StoreWriter(run_dir, metadata)
         self._alerts = AlertLog(run_dir)
         self._waiting: list[StepValues] = []
@@ -47,6 +51,11 @@ class ParquetSink(Sink):
         self._waiting = [values for values in self._waiting if values.step <= step]
         self._alerts.truncate_after(step)
         self._writer.truncate_after(step)
+
+    def read(self, stat: str, modules: Iterable[str]) -> list[dict[str, Any]]:
+        columns = ["step", "module", "tensor", "values"]
+        rows = store.read(self._run_dir, modules, stat=stat).select(columns).to_pylist()
+        return [{**row, "values": np.asarray(row["values"], dtype=np.float32)} for row in rows]
 
     def flush(self) -> None:
         if not self._waiting:

@@ -68,7 +68,9 @@ class Outcome:
         held_out_difference: its difference to the baseline's.
         step_time_ms: median; the first tenth of the steps, at least one, is left out.
         step_time_ratio: to the baseline's; above 1 is slower.
-        gemms, gemms_quantized: GEMMs of linear layers in a step, and those with quantised operands.
+        gemms, gemms_quantized: GEMMs of linear layers in a step, and those with quantised operands; under a
+            recipe schedule the mean over the steps so far.
+        recipes: under a recipe schedule, each recipe with the step it began in; empty otherwise.
         sqnr_db: signal to quantisation noise: median and lowest over tensors, in the last step that has it.
         underflow: fraction of elements that became zero: median and highest over tensors, likewise.
     """
@@ -86,10 +88,11 @@ class Outcome:
     held_out_difference: float | None = None
     step_time_ms: float | None = None
     step_time_ratio: float | None = None
-    gemms: int | None = None
-    gemms_quantized: int | None = None
+    gemms: float | None = None
+    gemms_quantized: float | None = None
     sqnr_db: tuple[float, float] | None = None
     underflow: tuple[float, float] | None = None
+    recipes: tuple[tuple[str, int], ...] = ()
 
     @property
     def quantized_share(self) -> float | None:
@@ -101,6 +104,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a number that is not finite is None."""
         values = {**dataclasses.asdict(self), "quantized_share": self.quantized_share}
+        values["recipes"] = [{"recipe": recipe, "first_step": first} for recipe, first in self.recipes]
         values["path"] = None if self.path is None else str(self.path)
         for name, lowest_or_highest in (("sqnr_db", "lowest"), ("underflow", "highest")):
             found = values[name]
@@ -189,7 +193,7 @@ def _outcome(label: str, run: Run, base: Run | None) -> Outcome:
     held_out = _number(result.get("held_out_loss"))
     step_time = _step_time(run)
     last = _last_losses(run)
-    gemms, quantized = _gemms(run.manifest)
+    gemms, quantized = _mean_gemms(run)
     outcome = Outcome(
         label=label,
         path=run.path,
@@ -205,6 +209,7 @@ def _outcome(label: str, run: Run, base: Run | None) -> Outcome:
         gemms_quantized=quantized,
         sqnr_db=_over_tensors(run.telemetry, "sqnr", worst=min),
         underflow=_over_tensors(run.telemetry, "underflow", worst=max),
+        recipes=tuple((manifest.asked or "unknown", first) for first, manifest in _in_force(run)),
     )
     return outcome if base is None else _beside(outcome, last, base)
 
@@ -236,6 +241,32 @@ def _step_time(run: Run) -> float | None:
     # What is done once, in the first steps, is not the time of a step.
     times = times[max(1, round(LAST_PART * len(times))) :]
     return statistics.median(times) if times else None
+
+
+def _in_force(run: Run) -> list[tuple[int, Manifest]]:
+    """The manifests of a recipe schedule that the run has reached, each with its first step. What a lost
+    continuation left behind the last step counts for nothing.
+    """
+    last = int(run.metrics[-1]["step"]) if run.metrics else 0
+    return [(first, manifest) for first, manifest in run.manifests if first <= last]
+
+
+def _mean_gemms(run: Run) -> tuple[float | None, float | None]:
+    """GEMMs of linear layers in a step, and how many are quantised, on average over the steps."""
+    spans = _in_force(run)
+    if len(spans) < 2:
+        return _gemms(run.manifest)
+    starts = [first for first, _ in spans]
+    lengths = [
+        later - first
+        for first, later in zip(starts, [*starts[1:], int(run.metrics[-1]["step"]) + 1], strict=True)
+    ]
+    counts = [_gemms(manifest) for _, manifest in spans]
+    gemms, quantized = (
+        sum(length * (count[part] or 0) for length, count in zip(lengths, counts, strict=True)) / sum(lengths)
+        for part in (0, 1)
+    )
+    return gemms, quantized
 
 
 def _gemms(manifest: Manifest | None) -> tuple[int | None, int | None]:

@@ -61,7 +61,9 @@ def _numbers(outcome: Outcome, base: str | None, *, telemetry: bool) -> list[str
         cells.append("" if is_base else "-" if ratio is None else f"{ratio:.2f}")
     share = outcome.quantized_share
     cells.append(
-        "-" if share is None else f"{outcome.gemms_quantized} of {outcome.gemms} ({100 * share:.0f} %)"
+        "-"
+        if share is None
+        else f"{_short(outcome.gemms_quantized)} of {_short(outcome.gemms)} ({100 * share:.0f} %)"
     )
     if telemetry:
         sqnr, underflow = outcome.sqnr_db, outcome.underflow
@@ -79,6 +81,10 @@ def _legend(comparison: Comparison, *, telemetry: bool) -> list[str]:
             + (f" and {more} more keys" if more > 0 else "")
             + ": what the table shows is not the recipes' doing alone."
         )
+    for outcome in comparison.outcomes:
+        if len(outcome.recipes) > 1:
+            changes = ", ".join(f"{recipe} from step {first}" for recipe, first in outcome.recipes)
+            lines.append(f"{outcome.label}: {changes}; GEMMs quantised are the mean over its steps.")
     if telemetry:
         lines.append(
             "SQNR and underflow: median over tensors, the worst in brackets, in the last step that has them."
@@ -86,6 +92,11 @@ def _legend(comparison: Comparison, *, telemetry: bool) -> list[str]:
     if comparison.emulated:
         lines.append("Emulated: step times are those of CPU numerics and say nothing about a GPU.")
     return lines
+
+
+def _short(value: float | None) -> str:
+    """A number of GEMMs, which is whole but where it is a mean."""
+    return "-" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
 def _fixed(value: float | None) -> str:

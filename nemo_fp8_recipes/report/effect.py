@@ -12,7 +12,7 @@ from nemo_fp8_recipes.telemetry.series import FP8_MAX, TENSORS, WHATIF
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["TensorEffect", "effects", "operand_order"]
+__all__ = ["Earlier", "TensorEffect", "earlier", "effects", "operand_order"]
 
 _ROUNDS_TO_MAX = {"e4m3": 464.0 / 448.0, "e5m2": 61440.0 / 57344.0}
 """Scaled values up to this multiple of the largest value lose no more than any value does by rounding."""
@@ -61,6 +61,48 @@ class TensorEffect:
         """Last amax over the first, NaN when that says nothing."""
         first, last = self.amax[0], self.amax[-1]
         return last / first if first > 0 and math.isfinite(first) and math.isfinite(last) else math.nan
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Rows of the store that `effects` leaves out: of a recipe that no longer quantises these tensors.
+
+    Attributes:
+        recipe: canonical name.
+        first, last: logged steps, both included.
+        tensors: number of operands.
+    """
+
+    recipe: str
+    first: int
+    last: int
+    tensors: int
+
+
+def earlier(table: pa.Table) -> list[Earlier]:
+    """What a telemetry table holds beside the last recipe of each tensor, in the order of its steps."""
+    kinds: dict[tuple[str, str], dict[tuple[str, str], tuple[int, int]]] = {}
+    columns = [
+        table.column(name).to_pylist() for name in ("step", "module", "tensor", "stat", "recipe", "format")
+    ]
+    for step, module, tensor, stat, recipe, fmt in zip(*columns, strict=True):
+        if not stat.startswith(f"{WHATIF}/"):
+            spans = kinds.setdefault((module, tensor), {})
+            first, last = spans.get((recipe, fmt), (step, step))
+            spans[recipe, fmt] = (min(first, step), max(last, step))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for spans in kinds.values():
+        newest = max(last for _, last in spans.values())
+        for (recipe, _), span in spans.items():
+            if span[1] != newest:
+                found.setdefault(recipe, []).append(span)
+    return sorted(
+        (
+            Earlier(recipe, min(first for first, _ in spans), max(last for _, last in spans), len(spans))
+            for recipe, spans in found.items()
+        ),
+        key=lambda one: (one.first, one.recipe),
+    )
 
 
 def effects(table: pa.Table, order: Sequence[str] = ()) -> list[TensorEffect]:

@@ -13,7 +13,7 @@ from nemo_fp8_recipes.injection.rows import Manifest
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.training.metrics import read_metrics
-from nemo_fp8_recipes.training.run_directory import read_run
+from nemo_fp8_recipes.training.run_directory import MANIFESTS, read_run
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +32,8 @@ class Run:
         manifest: what each module did, None before the first step has ended.
         telemetry: rows of the telemetry store.
         alerts: what the alert rules reported, ascending by step.
+        manifests: under a recipe schedule, what each module did from a step on, ascending by step; empty
+            otherwise.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Run:
     manifest: Manifest | None
     telemetry: pa.Table
     alerts: tuple[Alert, ...] = ()
+    manifests: tuple[tuple[int, Manifest], ...] = ()
 
     @property
     def recipe(self) -> str:
@@ -79,6 +82,7 @@ def load(path: str | Path) -> Run:
         _manifest(path / "manifest.json"),
         store.read(path, stat=None),
         tuple(store.read_alerts(path)),
+        _manifests(path / MANIFESTS),
     )
 
 
@@ -90,6 +94,19 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path} is damaged: {error!r}.", value=str(path)) from error
     return rows
+
+
+def _manifests(directory: Path) -> tuple[tuple[int, Manifest], ...]:
+    """Those of a run whose recipe changes; one that says the same as the one before it, which a resumed run
+    writes, is left out.
+    """
+    found: list[tuple[int, Manifest]] = []
+    for path in sorted(directory.glob("step_*.json")):
+        number = path.stem.removeprefix("step_")
+        manifest = _manifest(path) if number.isdigit() else None
+        if manifest is not None and (not found or found[-1][1] != manifest):
+            found.append((int(number), manifest))
+    return tuple(found)
 
 
 def _manifest(path: Path) -> Manifest | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_fp8_recipes.report.curve import plot, trend
-from nemo_fp8_recipes.report.effect import TensorEffect, effects
+from nemo_fp8_recipes.report.effect import TensorEffect, earlier, effects
 from nemo_fp8_recipes.report.run import Run, load
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def _header(run: Run, console: Console) -> None:
         ("recipe", _options(run)),
         ("device", str(record.get("device", "unknown"))),
     ]
+    if len(run.manifests) > 1:
+        changes = [f"{manifest.asked} from step {step}" for step, manifest in run.manifests]
+        rows.append(("recipes", ", ".join(changes)))
     if run.manifest is not None:
         quantized = len(run.manifest.quantized())
         rows.append(("modules", f"{quantized} of {len(run.manifest.rows)} quantised (manifest.json)"))
@@ -128,6 +131,15 @@ def _effect(run: Run, console: Console, *, unicode: bool, all_layers: bool) -> N
     console.print(_table(grouped, console, unicode=unicode))
     for line in _legend(found, grouped):
         console.print(Text(line, style="dim"))
+    for one in earlier(run.telemetry):
+        steps_of = f"step {one.first}" if one.first == one.last else f"steps {one.first} to {one.last}"
+        console.print(
+            Text(
+                f"Not shown: {one.recipe} quantised {one.tensors} of these tensors before, in {steps_of}. "
+                f"The store has its rows (docs/telemetry.md), and `nemo-fp8 report --html` shows them.",
+                style="yellow",
+            )
+        )
     for line in _remarks(found):
         console.print(Text(line, style="yellow"))
 

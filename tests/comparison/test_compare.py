@@ -16,7 +16,9 @@ import pytest
 from nemo_fp8_recipes.cli import main
 from nemo_fp8_recipes.comparison import make_plan
 from nemo_fp8_recipes.errors import ConfigError, Fp8Error, PreflightError, RecipeError, RunDirectoryError
+from nemo_fp8_recipes.injection import Manifest
 from tests.comparison import fake_train
+from tests.injection.examples import high_precision_row, mxfp8_row
 from tests.training.command import SMALL, SMALL_DATA, environment
 
 RUNNER = sys.modules["nemo_fp8_recipes.comparison.execute"]
@@ -191,6 +193,32 @@ class TestReading:
         assert main(["compare", *paths, "--baseline", "nvfp4"]) == 2
         assert main(["compare", str(tmp_path)]) == 2
         assert main(["compare", *paths, "training.steps=2"]) == 2
+
+    def test_a_recipe_schedule_counts_the_gemms_of_all_its_steps(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "run"
+        fake_train.train(["fp8_recipe=mxfp8", f"run_dir={path}"], above=0.25)
+        (path / "manifests").mkdir()
+        bf16 = Manifest((high_precision_row("decoder.layers.0.mlp.linear_fc1", "outside_context"),), "bf16")
+        mxfp8 = Manifest((mxfp8_row("decoder.layers.0.mlp.linear_fc1"),), "mxfp8")
+        # Steps 1 to 5 in BF16, 6 to 17 in MXFP8 (a resumed run read it again in 9), then BF16; 21 never came.
+        for step, manifest in ((1, bf16), (6, mxfp8), (9, mxfp8), (18, bf16), (21, mxfp8)):
+            (path / "manifests" / f"step_{step:08d}.json").write_text(manifest.to_json())
+        (path / "manifest.json").write_text(bf16.to_json())
+        capsys.readouterr()
+        (run,) = compare_json(capsys, str(path))["runs"]
+        assert run["gemms"] == 3
+        assert run["gemms_quantized"] == pytest.approx(3 * 12 / 20)
+        assert [(one["recipe"], one["first_step"]) for one in run["recipes"]] == [
+            ("bf16", 1),
+            ("mxfp8", 6),
+            ("bf16", 18),
+        ]
+        assert main(["compare", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert "1.8 of 3 (60 %)" in told
+        assert "bf16 from step 1, mxfp8 from step 6, bf16 from step 18; GEMMs quantised are the mean" in told
 
     def test_runs_that_differ_in_more_than_the_recipe_are_said_to(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -21,6 +21,7 @@ from nemo_fp8_recipes.report.effect import effects
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.store import StoreWriter
+from tests.injection.examples import gpt_manifest
 from tests.report.runs import make
 
 
@@ -243,3 +244,22 @@ def test_the_report_needs_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_rows_of_an_earlier_recipe_are_mentioned(tmp_path: Path) -> None:
+    """A run whose recipe changed: the table is of the last one, and says what else the store holds."""
+    path = make(tmp_path / "run")
+    assert "Not shown" not in shown(path)
+    names = tuple(
+        Series("decoder.layers.1.mlp.linear_fc1", tensor, "amax_bound", "mxfp8", "e4m3")
+        for tensor in ("input", "weight")
+    )
+    StoreWriter(path, {}).write([StepValues(30, names, np.float32([3.0, 4.0]))])
+    (path / "manifests").mkdir()
+    for step, manifest in ((1, gpt_manifest(1)), (15, gpt_manifest(1)), (30, gpt_manifest(2))):
+        (path / "manifests" / f"step_{step:08d}.json").write_text(manifest.to_json())
+    output = " ".join(shown(path).split())
+    assert "Effect of delayed, mxfp8" in output
+    assert "Not shown: delayed quantised 2 of these tensors before, in steps 1 to 20." in output
+    # The manifest that a resumed run wrote again says nothing new.
+    assert "recipes mxfp8 from step 1, mxfp8 from step 30" in output

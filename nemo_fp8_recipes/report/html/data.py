@@ -12,7 +12,7 @@ import numpy as np
 
 from nemo_fp8_recipes.report.effect import operand_order
 from nemo_fp8_recipes.report.run import Run
-from nemo_fp8_recipes.telemetry.series import FP8_MAX, WHATIF
+from nemo_fp8_recipes.telemetry.series import FP8_MAX, STATS, WHATIF
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +23,7 @@ __all__ = ["MAX_COLUMNS", "Matrices", "matrices", "run_data"]
 MAX_COLUMNS = 400
 """Logged steps beyond which neighbouring ones share a column."""
 
+_WINDOWED = {stat.name for stat in STATS.values() if stat.windowed}
 _WORST_IS_SMALLEST = ("scale", "scale_next", "scale_inv_min", "headroom", "sqnr")
 """Statistics whose smallest value stands for steps that share a column; the largest does for the others."""
 
@@ -86,7 +87,7 @@ def matrices(table: pa.Table, order: Sequence[str] = (), *, max_columns: int = M
     stats: dict[str, NDArray[np.float32]] = {}
     for code, stat in enumerate(columns["stat"].names):
         rows = np.flatnonzero(columns["stat"].codes == code)
-        if stat == "amax_history" or not rows.size:
+        if stat.rpartition("/")[2] in _WINDOWED or not rows.size:
             continue
         matrix = np.full((len(names), len(lasts)), np.nan, dtype=np.float32)
         worst = np.fmin if stat.rpartition("/")[2] in _WORST_IS_SMALLEST else np.fmax

@@ -30,7 +30,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-distributed test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
+.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -50,6 +50,10 @@ test-slurm: $(VENV)/.installed-test
 # Telemetry under tensor, pipeline, data and expert parallelism: two and four processes under torchrun.
 test-distributed: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages/distributed $(ARGS)
+
+# Telemetry in whole training jobs: what callbacks ask for, resumed histories, every source of quantised tensors.
+test-telemetry: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages/telemetry $(ARGS)
 
 # Sinks on the libraries they write to: W&B (offline) and Lightning's loggers.
 test-sinks: $(VENV)/.installed-test

@@ -36,6 +36,7 @@ from nemo_fp8_recipes.injection import (
     set_fields,
     switch,
 )
+from nemo_fp8_recipes.injection.module_names import model_chunks
 from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 from nemo_fp8_recipes.recipes.schedule import Schedule
 
@@ -223,11 +224,31 @@ class Fp8Run:
         Call it between steps, on every rank. A schedule changes it again only where its own recipe changes.
 
         Raises:
-            InjectionError: the model is tied to the recipe that it was built with.
+            InjectionError: the model is tied to the recipe that it was built with, or cannot run with this
+            one. Nothing has changed then.
+            PreflightError: the job would fail with this recipe for another reason that preflight knows.
         """
         injection = self._require_injection()
         if self._model is None:
             raise InjectionError("Fp8Run.model_built(model) must be called before the recipe can change.")
+        if recipe.name == "delayed" != self.schedule.main.name:
+            # Megatron builds layers for every other recipe with save_original_input, and Transformer Engine
+            # refuses delayed scaling there (transformer_engine/pytorch/module/linear.py).
+            raise InjectionError(
+                f"The recipe can change to delayed only where the model was built for it, and this one was "
+                f"built for {self.schedule.main.name}.",
+                key="fp8_recipe",
+                value=recipe.name,
+                allowed=["a recipe other than delayed"],
+            )
+        for chunk in model_chunks(self._model):
+            if hasattr(chunk, "config"):
+                check_switchable(chunk.config, (recipe,))
+                preflight.require(
+                    preflight.check_megatron(
+                        recipe, chunk.config, emulated=emulation.active() is not None, scheduled=True
+                    )
+                )
         check_model(self._model, recipe)
         switch(injection, self._model, recipe)
         self.recipe = recipe

@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes import emulation, preflight, telemetry
 from nemo_fp8_recipes.callbacks.megatron_core import Fp8Run
-from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.errors import ConfigError, InjectionError
 from nemo_fp8_recipes.injection import check_config
 from nemo_fp8_recipes.targets import megatron_lm as target
+from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig, default_alerts
+from nemo_fp8_recipes.telemetry.schema import TelemetryConfig
 
 if TYPE_CHECKING:
     from nemo_fp8_recipes.recipes import Recipe
+    from nemo_fp8_recipes.telemetry.alerts.alert import Alert
     from nemo_fp8_recipes.telemetry.recorder import Recorder
     from nemo_fp8_recipes.training.run_directory import RunDirectory
 
@@ -44,24 +47,56 @@ def install(
     directory: str | Path | None = None,
     log_every: int = 10,
     sinks: Iterable[str] = ("parquet", "tensorboard"),
+    stats_every: int = 100,
+    whatif: Iterable[str] = (),
+    history: bool = True,
+    flush_every: int = 10,
+    alerts: AlertsConfig | Mapping[str, Any] | None = None,
+    on_alert: Callable[[tuple[Alert, ...]], None] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Hook:
     """Put the hook around Megatron-LM's training functions. Call it on every rank, before `pretrain(...)`.
 
     Args:
         directory: where telemetry and manifest go; None: `fp8` in the directory of `--save`, without that in
-        the
-            one of `--tensorboard-dir`. A job that resumes goes on in it.
+            the one of `--tensorboard-dir`. A job that resumes goes on in it.
         log_every: optimizer steps between two logging steps.
-        sinks: any of "parquet", "tensorboard", "jsonl".
+        sinks: any of "parquet", "tensorboard", "jsonl", "wandb".
+        stats_every: optimizer steps between two logging steps that read the tensors themselves (underflow,
+            saturation, SQNR, …); step 1 is one. 0: none do.
+        whatif: globs over `<module>/<tensor>` that those steps judge under every other recipe too.
+        history: store delayed scaling's amax history windows.
+        flush_every: logging steps between two flushes.
+        alerts: the rules that telemetry is watched by: an AlertsConfig, or what differs from
+            conf/alerts/default.yaml, `{"underflow": {"limit": 0.2}}` or `{"enabled": False}`.
+        on_alert: called with the alerts of a logging step when the next step begins, on every rank with the
+            same ones.
         environ: names the recipe: NEMO_FP8_RECIPE, as `nemo-fp8 args` writes it.
 
     Raises:
         RecipeError: the environment names no recipe.
         InjectionError: Megatron-LM is not importable, or not one that this hook knows; the hook is there
         already.
+        ConfigError: no such sink or rule, or an interval out of range.
     """
-    hook = Hook(target.read(environ), directory, log_every=log_every, sinks=tuple(sinks))
+    logging = {
+        "log_every": log_every,
+        "sinks": tuple(sinks),
+        "stats_every": stats_every,
+        "whatif": tuple(whatif),
+        "history": history,
+        "flush_every": flush_every,
+        "alerts": _rules(alerts),
+        "on_alert": on_alert,
+    }
+    TelemetryConfig(
+        log_every=log_every,
+        stats_every=stats_every,
+        whatif=list(whatif),
+        sinks=list(sinks),
+        flush_every=flush_every,
+    )
+    hook = Hook(target.read(environ), directory, logging)
     hook.put(_training_module())
     return hook
 
@@ -69,19 +104,23 @@ def install(
 class Hook:
     """Stands around Megatron-LM's training functions.
 
+    Args:
+        recipe: what the job trains with.
+        directory: as `install` takes it.
+        logging: what `telemetry.attach` is told beside model, recipe, directory and device.
+
     Attributes:
         recipe: what the job trains with.
         run: injection, manifest and telemetry, from before the model is built to the last step.
     """
 
     def __init__(
-        self, recipe: Recipe, directory: str | Path | None, *, log_every: int, sinks: tuple[str, ...]
+        self, recipe: Recipe, directory: str | Path | None, logging: Mapping[str, Any] | None = None
     ) -> None:
         self.recipe = recipe
         self.run: Fp8Run | None = None
         self._directory = directory
-        self._log_every = log_every
-        self._sinks = sinks
+        self._logging = dict(logging or {})
         self._run_dir: RunDirectory | None = None  # on rank 0
         self._step = 0
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -263,9 +302,8 @@ class Hook:
             model,
             self.recipe,
             directory=self._directory,
-            log_every=self._log_every,
-            sinks=self._sinks,
             device=_device(),
+            **self._logging,
         )
 
     def _write_manifest(self) -> None:
@@ -294,6 +332,14 @@ class Hook:
         if self._run_dir is not None:
             self._run_dir.close()
             self._run_dir = None
+
+
+def _rules(alerts: AlertsConfig | Mapping[str, Any] | None) -> AlertsConfig | None:
+    if not isinstance(alerts, Mapping):
+        return alerts
+    from nemo_fp8_recipes import typed
+
+    return typed.read(AlertsConfig, dict(alerts), key="alerts", error=ConfigError, base=default_alerts())
 
 
 def _training_module() -> Any:

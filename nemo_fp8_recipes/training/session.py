@@ -62,7 +62,7 @@ class _Session:
         self.device = device
         self.is_first_rank = dist.get_rank() == 0
         self.console: Console = display.make_console(quiet=not self.is_first_rank)
-        self.alert_actions = AlertActions(load_callback(settings.alerts.callback))
+        self.alert_actions = AlertActions(load_callback(settings.alerts.callback), switches=True)
         self.recorder: Recorder | None = None  # once the model is built, unless telemetry is off
 
     # -- the order of things -----------------------------------------------------------------------------
@@ -168,14 +168,17 @@ class _Session:
             keep=training.keep_checkpoints,
         )
 
+        read: dict[int, dict[str, Any]] = {}
+
         def write_manifest(step: int) -> None:
             if not self.is_first_rank or fp8_run.manifest is None:
                 return
-            document = fp8_run.manifest.to_dict()
-            if settings.schedule.spans:
+            read[step] = document = fp8_run.manifest.to_dict()
+            if settings.schedule.spans or len(read) > 1:  # the recipe changes, or has changed
                 manifests = record.path / MANIFESTS
                 manifests.mkdir(exist_ok=True)
-                atomic_write_json(manifests / f"step_{step:08d}.json", document)
+                for first in read:
+                    atomic_write_json(manifests / f"step_{first:08d}.json", read[first])
             atomic_write_json(record.path / MANIFEST_FILE, document)
 
         return Trainer(

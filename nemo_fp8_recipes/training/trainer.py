@@ -86,7 +86,7 @@ class Trainer:
 
     def _save(self, position: Position) -> None:
         self.before_save()
-        self.checkpointer.save(position)
+        self.checkpointer.save(position, self.fp8_run.recipe)
 
     def _save_due(self, step: int) -> bool:
         every = self.settings.save_every
@@ -97,6 +97,10 @@ class Trainer:
         started = time.perf_counter()
         number = position.step + 1
         self.fp8_run.begin_step(number)
+        # Here, not when it is asked for: alerts also come with the flush before a checkpoint, which must find
+        # the state of the old recipe.
+        if (recipe := self.alerts.take_recipe()) is not None:
+            self.fp8_run.switch(recipe)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self.forward.train(position.consumed)

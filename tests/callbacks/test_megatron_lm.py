@@ -158,6 +158,49 @@ def test_a_job_is_proven_and_logged(name: str, options: dict[str, Any], route: s
     assert seen == {(step, path, tensor) for step in (1, 2, 3) for path in linears for tensor in tensors}
 
 
+def test_what_telemetry_is_told_is_the_users_to_say(tmp_path, hooked) -> None:
+    from nemo_fp8_recipes.telemetry import store
+
+    args, environ = started(recipes.load("delayed", amax_history_len=4), tmp_path, route="injection")
+    training = MegatronLm(args)
+    heard: list[tuple[int, str]] = []
+    loud = {"stat": "amax", "tensor": "weight", "above": 0.0, "message": "-"}
+    hooked(
+        training,
+        environ,
+        stats_every=2,
+        whatif=["*linear_fc2/input"],
+        history=False,
+        alerts={"saturation": {"enabled": False}, "custom": {"loud": loud}},
+        on_alert=lambda alerts: heard.extend((alert.step, alert.rule) for alert in alerts),
+    )
+    training.pretrain()
+    run = tmp_path / "fp8"
+    assert {row["step"] for row in store.read(run, stat="underflow").to_pylist()} == {1, 2}
+    assert {row["step"] for row in store.read(run, stat="whatif/mxfp8/sqnr").to_pylist()} == {1, 2}
+    assert not len(store.read(run, stat="amax_history"))
+    assert (1, "loud") in heard
+    assert {alert.rule for alert in store.read_alerts(run)} >= {"loud"}
+    assert "saturation" not in {alert.rule for alert in store.read_alerts(run)}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"stats_every": -1}, "telemetry.stats_every"),
+        ({"sinks": ["parquett"]}, "telemetry.sinks"),
+        ({"alerts": {"underflo": {"limit": 0.1}}}, "alerts.underflo"),
+    ],
+)
+def test_what_telemetry_cannot_be_told_is_refused_before_the_job_starts(
+    given: dict[str, Any], named: str, tmp_path, hooked
+) -> None:
+    args, environ = started(recipes.load("mxfp8"), tmp_path, route="injection")
+    with pytest.raises(Fp8Error) as error:
+        hooked(MegatronLm(args), environ, **given)
+    assert error.value.key == named
+
+
 def test_outside_logging_steps_the_loss_is_not_read(tmp_path, hooked) -> None:
     class Loss:
         reads = 0

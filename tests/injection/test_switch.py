@@ -86,6 +86,21 @@ def test_a_switch_by_hand_holds_until_the_schedule_changes():
         ]
 
 
+def test_a_switch_by_hand_to_what_the_model_was_not_built_for_is_refused():
+    config = gpt.config_of(MXFP8)
+    with Fp8Run(MXFP8) as run:
+        model = gpt.build(config)
+        run.model_built(model)
+        assert train(run, model, [1]) == [("mxfp8", 1)]
+        with pytest.raises(InjectionError, match="built for mxfp8"):
+            run.switch(DELAYED)
+        model.config.cuda_graph_impl = "local"
+        with pytest.raises(InjectionError, match="cuda_graph_impl=local keeps the recipe"):
+            run.switch(BF16)
+        model.config.cuda_graph_impl = "none"
+        assert train(run, model, [2]) == [("mxfp8", 1)]
+
+
 def test_a_resumed_run_keeps_the_scaling_state_of_the_saved_step():
     short = recipes.load("delayed", amax_history_len=2)
     schedule = Schedule(DELAYED, (Span(short, 3, 6),))

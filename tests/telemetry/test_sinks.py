@@ -231,6 +231,28 @@ def test_a_wandb_run_of_the_job_keeps_its_own_steps() -> None:
     assert all(call[0] != "finish" for call in run.calls)
 
 
+def test_a_wandb_alert_is_raised_once_though_the_call_is_tried_again() -> None:
+    class Unreachable(WandbRun):
+        def log(self, data: dict[str, float], commit: bool = True) -> None:
+            super().log(data, commit)
+            if len([call for call in self.calls if call[0] == "log"]) in (1, 2, 4):
+                raise ConnectionError("no answer")
+
+    def raised() -> list[str]:
+        return [text.partition(":")[0] for kind, _, text in run.calls if kind == "alert"]
+
+    run = Unreachable()
+    sink = GuardedSink(build([run], Path(), {})[0])
+    sink.values(alerted(2))
+    sink.values(alerted(4))
+    assert sink.error is None
+    assert raised() == ["step 2", "step 4"]
+    # Training goes on from step 3: what it comes to again is news.
+    sink.truncate_after(3)
+    sink.values(alerted(4))
+    assert raised() == ["step 2", "step 4", "step 4"]
+
+
 def test_megatrons_writers_are_found_where_megatron_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     run = WandbRun()
     training, found = types.ModuleType("megatron.training"), types.ModuleType("megatron.training.global_vars")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.recipes import load
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.training.alert_actions import AlertActions, load_callback
@@ -58,6 +60,28 @@ def test_actions_are_taken_once() -> None:
     assert actions.stop is not None
     assert actions.stop.rule == "first"
     assert len(heard) == 3
+
+
+def test_what_a_callback_returns_is_done() -> None:
+    returned: list[Any] = [None, "checkpoint", [load("mxfp8"), "checkpoint"], "stop"]
+    actions = AlertActions(lambda _: returned.pop(0), switches=True)
+    asked = []
+    for _ in range(4):
+        actions((alert("warn", "seen"),))
+        asked.append((actions.take_checkpoint(), actions.take_recipe(), actions.stop and actions.stop.rule))
+    assert asked == [
+        (False, None, None),
+        (True, None, None),
+        (True, load("mxfp8"), None),
+        (True, None, "seen"),
+    ]
+
+
+@pytest.mark.parametrize(("returned", "says"), [("stopp", "returned 'stopp'"), (load("bf16"), "recipe bf16")])
+def test_what_cannot_be_done_is_refused(returned: Any, says: str) -> None:
+    """A word that means nothing, and another recipe in a loop that has one."""
+    with pytest.raises(ConfigError, match=says):
+        AlertActions(lambda _: returned)((alert("warn"),))
 
 
 @pytest.mark.parametrize("path", ["no_such_module:f", "json:no_such_function", "json", ""])

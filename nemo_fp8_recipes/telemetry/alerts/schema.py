@@ -15,9 +15,12 @@ __all__ = ["FIELDS", "AlertsConfig", "GrowthRule", "LimitRule", "Rule", "Thresho
 
 Action = Literal["warn", "checkpoint", "stop"]
 
-FIELDS = ("module", "tensor", "recipe", "format", "step", "value", "limit", "others", "window")
+FIELDS = ("module", "tensor", "recipe", "format", "step", "value", "limit", "others", "window", "advice")
 """What a message may contain in braces: the operand that shows it most, its recipe and element format, the
-step, the number compared and its limit, how many more operands, and the length of the window."""
+step, the number compared and its limit, how many more operands, the length of the window, and what to do
+under this recipe."""
+
+DEFAULT_ADVICE = "default"
 
 
 @dataclass(kw_only=True)
@@ -29,6 +32,8 @@ class Rule:
     enabled: bool = True
     action: Action = "warn"
     """warn: show it; checkpoint: and save one after the step; stop: and end the job after the step."""
+    advice: dict[str, str] = field(default_factory=dict)
+    """What {advice} is in the message: by recipe that quantised the tensor, `default` for the others."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +64,7 @@ class LimitRule:
     below: float | None = None
     enabled: bool = True
     action: Action = "warn"
+    advice: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +82,8 @@ class AlertsConfig:
     enabled: bool = True
     """False: no rule is evaluated."""
     callback: str | None = None
-    """`package.module:function`, called with the alerts of a step on every rank."""
+    """`package.module:function`, called with the alerts of a step on every rank; what it returns is done:
+    "checkpoint", "stop", a recipe to go on with, or a list of these."""
     quiet: int = 10
     """Logging steps, of those that have the rule's statistics, in which a tensor must keep the rule before it
     is reported for it again."""
@@ -94,6 +101,7 @@ class AlertsConfig:
             raise _out_of_range("amax_growth.steadiness", self.amax_growth.steadiness, "0 to 1")
         for name, rule in self.rules().items():
             _check_message(name, rule.message)
+            _check_advice(name, rule.advice)
         for name, limit in self.custom.items():
             if name in BUILT_IN:
                 raise ConfigError(
@@ -164,6 +172,16 @@ def _check_message(name: str, message: str) -> None:
             value=message,
             hint="Fields are text that is formatted already: write {value}, not {value:.2f}.",
         ) from error
+
+
+def _check_advice(name: str, advice: dict[str, str]) -> None:
+    from nemo_fp8_recipes.recipes import names
+
+    allowed = [*names(), DEFAULT_ADVICE]
+    for recipe in advice:
+        if recipe not in allowed:
+            key = f"alerts.{'' if name in BUILT_IN else 'custom.'}{name}.advice.{recipe}"
+            raise ConfigError(f"{key} is for no recipe.", key=key, value=recipe, allowed=allowed)
 
 
 def _out_of_range(name: str, value: object, allowed: str) -> ConfigError:

@@ -11,7 +11,7 @@ import numpy as np
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.alerts.columns import OperandTable
 from nemo_fp8_recipes.telemetry.alerts.rules import Finding, checks
-from nemo_fp8_recipes.telemetry.alerts.schema import AlertsConfig
+from nemo_fp8_recipes.telemetry.alerts.schema import DEFAULT_ADVICE, AlertsConfig
 from nemo_fp8_recipes.telemetry.series import StepValues
 
 __all__ = ["Watch", "reduces_amax"]
@@ -115,5 +115,6 @@ class Watch:
             limit=f"{limit:g}",
             others=f" (and {more} more tensor{'s' if more > 1 else ''})" if more else "",
             window=finding.window or "all",
+            advice=rule.advice.get(worst.recipe, rule.advice.get(DEFAULT_ADVICE, "")),
         )
         return Alert(step, name, rule.action, message, worst.module, worst.tensor, value, tensors)

@@ -34,15 +34,26 @@ class WandbSink(Sink):
         self._run = run
         self._owned = owned
         self._defined = False
+        self._raised: set[tuple[int, str]] = set()
+        """Alerts of the newest step with any, by step and rule, that W&B has: a call comes again after it
+        failed.
+        """
 
     def values(self, values: StepValues) -> None:
-        for alert in values.alerts:
-            raised = getattr(self._run, "alert", None)
-            if raised is not None:
-                raised(title=f"FP8 {alert.rule}", text=f"step {alert.step}: {alert.message}", level="WARN")
+        raised = getattr(self._run, "alert", None)
+        if values.alerts and raised is not None:
+            self._raised = {key for key in self._raised if key[0] == values.step}
+            for alert in values.alerts:
+                if (values.step, alert.rule) not in self._raised:
+                    text = f"step {alert.step}: {alert.message}"
+                    raised(title=f"FP8 {alert.rule}", text=text, level="WARN")
+                    self._raised.add((values.step, alert.rule))
         scalars = {**value_scalars(values), **alert_counts(values)}
         if scalars:
             self._log(values.step, scalars)
+
+    def truncate_after(self, step: int) -> None:
+        self._raised = {key for key in self._raised if key[0] <= step}
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._owned and metrics:

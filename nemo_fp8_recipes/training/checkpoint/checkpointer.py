@@ -81,8 +81,12 @@ class Checkpointer:
     versions: dict[str, str | None]
     keep: int
 
-    def save(self, position: Position) -> Path:
+    def save(self, position: Position, recipe: Recipe) -> Path:
         """Write `checkpoints/step_XXXXXX`; it counts only once its marker is there. Collective.
+
+        Args:
+            position: what the job has done.
+            recipe: the recipe of its last step.
 
         Raises:
             CheckpointError: it cannot be written; earlier checkpoints are as they were.
@@ -98,7 +102,7 @@ class Checkpointer:
             "step": position.step,
             "consumed": position.consumed,
             "scheduler": self.scheduler.state_dict(),
-            "recipe": json.dumps(self.schedule.at(position.step).to_dict()),
+            "recipe": json.dumps(recipe.to_dict()),
         }
         try:
             dist_checkpointing.save(
@@ -196,7 +200,8 @@ class Checkpointer:
                 f"Step {common['step']} was trained with the recipe {name}, and recipe_schedule now gives it "
                 f"{recipe.name}{options}.",
                 key="recipe_schedule",
-                hint="Change the recipe of later steps only.",
+                hint="Change the recipe of later steps only. Where alerts.callback changed it, say in "
+                "recipe_schedule from which step on.",
             )
         return recipe
 

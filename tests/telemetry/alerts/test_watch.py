@@ -12,7 +12,7 @@ import pytest
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes import load
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
-from nemo_fp8_recipes.telemetry.alerts.schema import default_alerts
+from nemo_fp8_recipes.telemetry.alerts.schema import FIELDS, default_alerts
 from nemo_fp8_recipes.telemetry.alerts.watch import Watch, reduces_amax
 from nemo_fp8_recipes.telemetry.series import Series
 from tests.telemetry.alerts.series import MODULE, alerts, config, only, steps
@@ -87,10 +87,11 @@ def test_ranks_have_to_agree_only_where_the_recipe_reduces_over_all(
 
 def test_every_default_message_says_what_to_do() -> None:
     for name, rule in default_alerts().rules().items():
-        filled = rule.message.format_map(dict.fromkeys(("module", "tensor", "recipe", "format", "step",
-            "value", "limit", "others", "window"), "x"))  # fmt: skip
-        assert "{" not in filled, name
-        assert any(word in filled for word in ("raise", "go on from", "check", "use ", "Lower")), name
+        for advice in rule.advice.values() or ("",):
+            filled = rule.message.format_map({**dict.fromkeys(FIELDS, "x"), "advice": advice})
+            assert "{" not in filled, name
+            words = ("raise", "go on from", "check", "use ", "Lower", "keep the module in")
+            assert any(word in filled for word in words), (name, filled)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,29 @@ def test_impossible_rules_are_refused_by_name(changes: dict[str, Any], said: str
     with pytest.raises(ConfigError) as caught:
         config(**changes)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says", "not_says"),
+    [
+        ("delayed", "use block scales (fp8_recipe=mxfp8 or blockwise)", "BF16"),
+        ("tensorwise", "use block scales (fp8_recipe=mxfp8 or blockwise)", "BF16"),
+        ("blockwise", "use smaller ones (fp8_recipe=mxfp8)", "or blockwise"),
+        ("mxfp8", "fp8_recipe.fp8_format=hybrid", "fp8_recipe=mxfp8"),
+        ("nvfp4", "keep the module in MXFP8 or BF16", "fp8_recipe="),
+    ],
+)
+def test_what_to_do_about_underflow_depends_on_the_recipe(recipe: str, says: str, not_says: str) -> None:
+    """Never the recipe that the run has."""
+    (found,) = alerts(steps({"underflow": [0.9]}, recipe=recipe), only("underflow"))
+    assert says in found.message
+    assert not_says not in found.message
+    assert f"fp8_recipe={recipe}" not in found.message
+
+
+def test_advice_is_for_recipes_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"alerts\.underflow\.advice\.mxfp9 is for no recipe"):
+        config(underflow={"advice": {"mxfp9": "-"}})
+    changed = config(underflow={"advice": {"mxfp8": "Do this."}})
+    (found,) = alerts(steps({"underflow": [0.9]}, recipe="mxfp8"), changed)
+    assert found.message.endswith("Do this.")

@@ -40,17 +40,25 @@ def _forward_step(batches: Iterator[Micro], model: DistributedDataParallel) -> t
 
 
 def _on_this_context_rank(batch: Micro) -> Micro:
-    """This context-parallel rank's part of a batch, by Megatron's own function."""
+    """This context-parallel rank's part of a batch, by Megatron's own function.
+
+    The group is always named: newer releases of Megatron-Core take none for all processes of the job, and cut
+    sequences by tensor and pipeline ranks too.
+    """
+    from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    part: Micro = get_batch_on_this_cp_rank(batch, **_no_packed_sequences(get_batch_on_this_cp_rank))
+    offered = {"cp_group": parallel_state.get_context_parallel_group(), "is_hybrid_cp": False}
+    known = _parameters(get_batch_on_this_cp_rank)
+    part: Micro = get_batch_on_this_cp_rank(
+        batch, **{name: value for name, value in offered.items() if name in known}
+    )
     return part
 
 
 @functools.cache
-def _no_packed_sequences(function: Callable[..., Any]) -> dict[str, bool]:
-    """Newer releases of Megatron-Core also cut batches of packed sequences, and must be told of none."""
-    return {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(function).parameters else {}
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def reduce_loss(reports: list[torch.Tensor], device: torch.device, *flags: float) -> list[float]:

@@ -1,14 +1,17 @@
-"""Two processes: tensor parallelism through Bridge, with its loggers on the last rank."""
+"""Two processes through Bridge: tensor parallelism, with its loggers on the last rank; pipeline stages."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from nemo_fp8_recipes.report import run as report
 from nemo_fp8_recipes.telemetry import store
-from tests.support.processes import run_ranks
+from tests.support.processes import environment, run_ranks
 
 CODE = """
 from pathlib import Path
@@ -78,3 +81,21 @@ def test_manifest_store_and_bridges_own_logger_have_every_module(ranks: tuple[Pa
         for tag in (tag for tag in tags if tag.startswith("fp8/")):
             for event in events.Scalars(tag):
                 assert event.value == pytest.approx(logged[event.step, tag], rel=1e-6)
+
+
+def test_pipeline_stages_are_one_run(tmp_path: Path) -> None:
+    job = ["train", "device=emulated", "fp8_recipe=delayed", "data=mock", "training.steps=3"]
+    job += ["model.num_layers=4", "training.eval_batches=1", "telemetry.log_every=1", "parallel.pp=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nemo_fp8_recipes"]
+    for framework in ("bridge", "megatron_core"):
+        arguments = [*torchrun, *job, f"framework={framework}", f"run_dir={tmp_path / framework}"]
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ours, theirs = report.load(tmp_path / "megatron_core"), report.load(tmp_path / "bridge")
+    assert theirs.manifest.quantized() == ours.manifest.quantized()
+    assert len(theirs.manifest.quantized()) == 4 * 4
+    assert [loss for _, loss in theirs.losses] == pytest.approx([loss for _, loss in ours.losses], rel=2e-3)
+    tables = [store.read(tmp_path / name, last_step=1).to_pylist() for name in ("megatron_core", "bridge")]
+    assert tables[0] == tables[1]

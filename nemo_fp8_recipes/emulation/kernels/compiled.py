@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ __all__ = ["Library", "Quantized", "for_codes", "for_tensor", "library"]
 
 _INPUTS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SWITCH = "NEMO_FP8_KERNELS"
-# Starting a thread costs some 20 us, what a core quantises about this many elements in.
-_ELEMENTS_A_THREAD = 1 << 16
+# What a core quantises in the time that it takes to get another one to work: a waiting thread of torch's, or
+# a new one (some 20 us).
+_ELEMENTS_A_TEAM_THREAD = 1 << 13
+_ELEMENTS_A_NEW_THREAD = 1 << 16
 
 _lock = threading.Lock()
 _library: Library | None = None
@@ -77,7 +80,7 @@ def _find() -> Library | None:
     if choice == "eager":
         return None
     try:
-        return Library(build.load())
+        return Library(build.load(), _torch_team())
     except build.CannotBuildError as error:
         warnings.warn(
             "The emulated device runs without its compiled kernels: the results are the same, the steps are "
@@ -88,8 +91,21 @@ def _find() -> Library | None:
         return None
 
 
-def _threads(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_A_THREAD))
+def _torch_team() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch is linked with, None where it has none.
+
+    Threads of two runtimes, or of a runtime and our own, would take the cores from each other.
+    """
+    if not torch.backends.openmp.is_available():
+        return None
+    for name in ("libtorch_cpu.so", "libtorch.so"):
+        try:
+            # Loaded already: this finds it, and looks the name up in what it depends on.
+            function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))["GOMP_parallel"]
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -101,15 +117,23 @@ def _format(fmt: Fp8Format) -> int:
 
 
 class Library:
-    """The functions of a loaded library."""
+    """The functions of a loaded library.
 
-    def __init__(self, loaded: ctypes.CDLL) -> None:
+    Args:
+        loaded: what `build.load` returns.
+        team: address of the `GOMP_parallel` whose threads they run on, None for threads of their own. They
+            use as many as torch does. In a forked child they go on with threads of their own.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, team: int | None = None) -> None:
         def bind(name: str, result: object, *arguments: object) -> Callable[..., Any]:
             function = loaded[f"nemo_fp8_{name}"]
             function.restype = result  # type: ignore[assignment]  # a ctypes type or None
             function.argtypes = arguments  # type: ignore[assignment]  # ctypes types
             return function
 
+        bind("use_team", None, _VOID)(team)
+        self._has_team = bind("has_team", _INT)
         matrix = (_VOID, _INT, _LONG, _LONG)
         self._amax = bind("amax", _FLOAT, _VOID, _INT, _LONG, _INT)
         self._cast = bind("cast", _FLOAT, *matrix, _INT, _FLOAT, _VOID, _VOID, _INT, _INT)
@@ -123,10 +147,17 @@ class Library:
         self._decode_blockwise = bind("decode_blockwise", None, *codes, _VOID, _LONG, _VOID, _INT)
         self._decode_nvfp4 = bind("decode_nvfp4", None, _VOID, _LONG, _LONG, _VOID, _LONG, _VOID, _INT)
 
+    def _threads(self, elements: int) -> int:
+        available = torch.get_num_threads()
+        if available == 1:
+            return 1
+        share = _ELEMENTS_A_TEAM_THREAD if self._has_team() else _ELEMENTS_A_NEW_THREAD
+        return max(1, min(available, elements // share))
+
     def amax(self, x: Tensor) -> float:
         """Largest magnitude, NaN ignored, 0 for an empty tensor: `numerics.amax`."""
         count = x.numel()
-        largest: float = self._amax(x.data_ptr(), _INPUTS[x.dtype], count, _threads(count))
+        largest: float = self._amax(x.data_ptr(), _INPUTS[x.dtype], count, self._threads(count))
         return largest
 
     def cast(
@@ -163,7 +194,7 @@ class Library:
             codes.data_ptr(),
             _at(transposed),
             observe,
-            _threads(m * k),
+            self._threads(m * k),
         )
         return largest
 
@@ -205,7 +236,7 @@ class Library:
             _at(columns.scales),
             0 if columns.scales is None else columns.scales.shape[0],
             columns.stride,
-            _threads(m * k),
+            self._threads(m * k),
         )
 
     def blockwise(
@@ -247,7 +278,7 @@ class Library:
             _at(columns.codes),
             _at(columns.scales),
             columns.stride,
-            _threads(m * k),
+            self._threads(m * k),
         )
 
     def nvfp4(
@@ -275,14 +306,14 @@ class Library:
             _at(out.codes),
             _at(out.scales),
             out.stride,
-            _threads(m * k),
+            self._threads(m * k),
         )
 
     def decode(self, codes: Tensor, fmt: Fp8Format) -> Tensor:
         """fp32 values of contiguous codes: `numerics.decode`."""
         values = torch.empty(codes.shape, dtype=torch.float32)
         count = codes.numel()
-        self._decode(codes.data_ptr(), count, _format(fmt), values.data_ptr(), _threads(count))
+        self._decode(codes.data_ptr(), count, _format(fmt), values.data_ptr(), self._threads(count))
         return values
 
     def decode_mxfp8(
@@ -311,7 +342,7 @@ class Library:
             rows,
             stride,
             values.data_ptr(),
-            _threads(m * k),
+            self._threads(m * k),
         )
         return values
 
@@ -330,7 +361,7 @@ class Library:
             scales.data_ptr(),
             scales.shape[1],
             values.data_ptr(),
-            _threads(m * k),
+            self._threads(m * k),
         )
         return values
 
@@ -350,6 +381,6 @@ class Library:
             scales.data_ptr(),
             scales.stride(0),
             values.data_ptr(),
-            _threads(2 * m * half),
+            self._threads(2 * m * half),
         )
         return values

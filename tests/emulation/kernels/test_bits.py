@@ -229,22 +229,3 @@ def test_scales_at_every_boundary(kernels: Library, fmt: Fp8Format) -> None:
         assert same(
             rows.scales.t().contiguous(), blockwise.quantize_1d(x, fmt, power_of_two=power_of_two).scale_inv
         )
-
-
-def test_threads_share_the_work_without_changing_a_bit(native: Library) -> None:
-    x = mixed((1000, 1056), torch.float32)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            codes, transposed = codes_of(*x.shape), codes_of(*reversed(x.shape))
-            largest = native.cast(x, E4M3, 1.0, codes, transposed, observe=True)
-            rows = Quantized(codes_of(*x.shape), torch.zeros(9, 1000))
-            columns = Quantized(codes_of(*reversed(x.shape)), torch.zeros(8, 1056))
-            native.blockwise(x, E4M3, rows, columns, square=False, epsilon=0.0, power_of_two=True)
-            found.append([codes, transposed, torch.tensor(largest), *rows, *columns])
-    finally:
-        torch.set_num_threads(before)
-    for others in found[1:]:
-        assert all(same(a, b) for a, b in zip(found[0], others, strict=True))

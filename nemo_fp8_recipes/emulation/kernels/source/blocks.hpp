@@ -104,10 +104,7 @@ void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, const Rule& 
       for (int64_t b = 0; b < whole; ++b) largest[b] = largest_magnitude(values + b * Block, Block);
       if (rest) largest[whole] = largest_magnitude(values + whole * Block, rest);
       apply_rule(rule, largest, blocks, multiplier, kept);
-      for (int64_t b = 0; b < whole; ++b) {
-        encode_row<Out>(values + b * Block, Block, multiplier[b], codes + b * Block);
-      }
-      if (rest) encode_row<Out>(values + whole * Block, rest, multiplier[whole], codes + whole * Block);
+      encode_blocks<Out, Block>(values, length, multiplier, codes);
       for (int64_t b = 0; b < blocks; ++b) out.scales[out.place.at(i, j / Block + b)] = kept[b];
     }
   }
@@ -166,9 +163,8 @@ struct Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       for (int b = 0; b * Block < columns; ++b) {
         rowwise.scales[rowwise.place.at(i0 + i, j0 / Block + b)] = row_kept[i][b];
-        encode_row<Out>(tile[i] + b * Block, std::min<int64_t>(Block, columns - b * Block), row_multiplier[i][b],
-                        rowwise.codes + (i0 + i) * k + j0 + b * Block);
       }
+      encode_blocks<Out, Block>(tile[i], columns, row_multiplier[i], rowwise.codes + (i0 + i) * k + j0);
     }
   }
 
@@ -250,22 +246,19 @@ template <int Block, class In, class ScaleOf>
 void decode_blocks(const uint8_t* codes, int64_t m, int64_t k, bool along_columns, bool square, ScaleOf scale_of,
                    float* out, int32_t threads) {
   parallel((m + Block - 1) / Block, threads, [&](int64_t first, int64_t last) {
-    std::vector<float> scales(size_t(k), 1.0f);
-    float* __restrict scale = scales.data();
+    std::vector<float> scales(static_cast<size_t>(along_columns ? k : (k + Block - 1) / Block));
+    float* scale = scales.data();
     for (int64_t block = first; block < last; ++block) {
       if (along_columns) {
         for (int64_t j = 0; j < k; ++j) scale[j] = scale_of(j, block);
       }
       for (int64_t i = block * Block; i < std::min<int64_t>((block + 1) * Block, m); ++i) {
-        if (!along_columns) {
-          for (int64_t j = 0; j < k; j += Block) {
-            const float one = scale_of(square ? block : i, j / Block);
-            std::fill(scale + j, scale + std::min<int64_t>(j + Block, k), one);
-          }
+        if (along_columns) {
+          decode_row<In>(codes + i * k, k, scale, out + i * k);
+          continue;
         }
-        const uint8_t* __restrict code = codes + i * k;
-        float* __restrict value = out + i * k;
-        for (int64_t j = 0; j < k; ++j) value[j] = In::decode(code[j]) * scale[j];
+        for (int64_t j = 0; j * Block < k; ++j) scale[j] = scale_of(square ? block : i, j);
+        decode_row_blocks<In, Block>(codes + i * k, k, scale, out + i * k);
       }
     }
   });

@@ -29,7 +29,12 @@ float e8m0_value(uint8_t code) {
 
 extern "C" {
 
-KERNEL int32_t nemo_fp8_interface() { return 1; }
+KERNEL int32_t nemo_fp8_interface() { return 2; }
+
+// Run on the threads of the OpenMP runtime whose `GOMP_parallel` this is; null: on new threads.
+KERNEL void nemo_fp8_use_team(void* parallel) { use_team(reinterpret_cast<Team>(parallel)); }
+
+KERNEL int32_t nemo_fp8_has_team() { return team().load() != nullptr; }
 
 KERNEL float nemo_fp8_amax(const void* x, int32_t input, int64_t count, int32_t threads) {
   return amax({x, input}, count, threads);
@@ -89,10 +94,8 @@ KERNEL void nemo_fp8_decode(const uint8_t* codes, int64_t count, int32_t format,
   with_format(format, [&](auto in) {
     using In = decltype(in);
     parallel((count + kPiece - 1) / kPiece, threads, [&](int64_t first, int64_t last) {
-      const int64_t end = std::min(last * kPiece, count);
-      const uint8_t* __restrict code = codes;
-      float* __restrict value = out;
-      for (int64_t i = first * kPiece; i < end; ++i) value[i] = In::decode(code[i]);
+      const int64_t begin = first * kPiece, end = std::min(last * kPiece, count);
+      decode_row<In>(codes + begin, end - begin, out + begin);
     });
   });
 }

@@ -1,45 +1,126 @@
-// What is done to a row of values: its largest magnitude, and its codes. Written out for AVX2, 32 values at a
+// What is done to a row of values: its largest magnitude, its codes, and back. Written out for AVX2, 32 values at a
 // time; elsewhere (and with NEMO_FP8_PORTABLE) the compiler vectorises. Both are the same arithmetic.
 #pragma once
 
 #include "elements.hpp"
 
-#if defined(__AVX2__) && !defined(NEMO_FP8_PORTABLE)
+#if defined(__AVX2__) && defined(__F16C__) && !defined(NEMO_FP8_PORTABLE)
 #define NEMO_FP8_AVX2
 #include <immintrin.h>
 #endif
+
+#define NEMO_FP8_INLINE __attribute__((always_inline)) inline
 
 namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2
 
-// `Element::encode` of eight values, a code in each 32-bit lane.
-template <class Out>
-inline __m256i encode_lanes(__m256 value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i full = _mm256_and_si256(bits, _mm256_set1_epi32(kMagnitude));
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, Out::kSignShift),
-                                        _mm256_set1_epi32(1 << (31 - Out::kSignShift)));
-  const __m256i magnitude = _mm256_min_epi32(full, _mm256_set1_epi32(Out::kMaxBits));
-  const __m256i binade = _mm256_max_epi32(_mm256_and_si256(magnitude, _mm256_set1_epi32(kInfinity)),
-                                          _mm256_set1_epi32(Out::kSmallestNormal));
-  const __m256i rounder = _mm256_add_epi32(binade, _mm256_set1_epi32(Out::kShift << 23));
-  const __m256i rounded = _mm256_castps_si256(
-      _mm256_add_ps(_mm256_castsi256_ps(magnitude), _mm256_castsi256_ps(rounder)));
-  const __m256i steps = _mm256_sub_epi32(rounded, rounder);
-  const __m256i below =
-      _mm256_srli_epi32(_mm256_sub_epi32(binade, _mm256_set1_epi32(Out::kSmallestNormal)), Out::kShift);
-  const __m256i code = _mm256_or_si256(_mm256_add_epi32(below, steps), sign);
-  const __m256i is_nan = _mm256_cmpgt_epi32(full, _mm256_set1_epi32(kInfinity));
-  return _mm256_blendv_epi8(code, _mm256_set1_epi32(Out::kNanCode), is_nan);
+// `Element::encode` of 32 values in four registers, as codes of a byte in order.
+//
+// The rounding is done on the upper halves of the fp32 numbers, whose last bit is set where the lower half is
+// not zero: a format that keeps three bits or fewer rounds them the same way. `kSubnormals` off leaves wrong the
+// codes of numbers between half the smallest subnormal and the smallest normal number, and `odd` says whether
+// there are any.
+template <class Out, bool kSubnormals>
+NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4], bool& odd) {
+  constexpr int kDrop = Out::kShift - 16;  // bits of an upper half that the format has not
+  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
+  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
+  __m256i code[2], sign[2], nan[2], outside[2];
+  for (int half = 0; half < 2; ++half) {
+    const __m256i a = _mm256_castps_si256(value[2 * half]), b = _mm256_castps_si256(value[2 * half + 1]);
+    const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
+    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
+    const __m256i all = _mm256_or_si256(high, _mm256_min_epu16(low, _mm256_set1_epi16(1)));
+    const __m256i full = _mm256_and_si256(all, _mm256_set1_epi16(0x7fff));
+    const __m256i magnitude = _mm256_min_epi16(full, _mm256_set1_epi16(kMax));
+    const __m256i odd_code = _mm256_and_si256(_mm256_srli_epi16(magnitude, kDrop), _mm256_set1_epi16(1));
+    const __m256i nearly = _mm256_add_epi16(magnitude, _mm256_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+    code[half] = _mm256_srai_epi16(_mm256_add_epi16(nearly, odd_code), kDrop);
+    if (kSubnormals) {
+      // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
+      const __m256 least = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal));
+      const __m256 adder = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
+      const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(kMagnitude));
+      const auto count = [&](__m256 of) {
+        return _mm256_castps_si256(_mm256_add_ps(_mm256_min_ps(_mm256_and_ps(of, bits), least), adder));
+      };
+      const __m256i counts = _mm256_blend_epi16(count(value[2 * half]),
+                                                _mm256_slli_epi32(count(value[2 * half + 1]), 16), 0xaa);
+      code[half] = _mm256_max_epi16(code[half], counts);
+    } else {
+      outside[half] = _mm256_sub_epi16(full, _mm256_set1_epi16(kHalfOfSubnormal + 1));
+    }
+    sign[half] = all;
+    nan[half] = _mm256_cmpgt_epi16(full, _mm256_set1_epi16(kInfinity >> 16));
+  }
+  if (!kSubnormals) {
+    const __m256i nearest = _mm256_min_epu16(outside[0], outside[1]);
+    const __m256i last = _mm256_set1_epi16(kLeast - kHalfOfSubnormal - 2);
+    odd = _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_min_epu16(nearest, last), nearest)) != 0;
+  }
+  // Packing saturates: what is below zero there has the code 0.
+  const __m256i codes = _mm256_packus_epi16(code[0], code[1]);
+  __m256i signs = _mm256_and_si256(_mm256_packs_epi16(sign[0], sign[1]), _mm256_set1_epi8(char(0x80)));
+  signs = _mm256_srli_epi16(signs, Out::kSignShift - 24);
+  const __m256i is_nan = _mm256_packs_epi16(nan[0], nan[1]);
+  const __m256i mixed =
+      _mm256_blendv_epi8(_mm256_or_si256(codes, signs), _mm256_set1_epi8(Out::kNanCode), is_nan);
+  const __m256i together = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
+                                            0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(mixed, together), order);
 }
 
-// 32 lanes to 32 bytes, in order.
-inline void pack_lanes(__m256i a, __m256i b, __m256i c, __m256i d, uint8_t* out) {
-  const __m256i mixed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(mixed, order));
+// FP8 codes of x[i] * scale_at(i), where `scale_at` gives the factors of eight values; all whole 32s.
+template <class Out, class ScaleAt>
+NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, ScaleAt scale_at, uint8_t* codes) {
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m256 value[4] = {
+        _mm256_mul_ps(_mm256_loadu_ps(x + i), scale_at(i)),
+        _mm256_mul_ps(_mm256_loadu_ps(x + i + 8), scale_at(i + 8)),
+        _mm256_mul_ps(_mm256_loadu_ps(x + i + 16), scale_at(i + 16)),
+        _mm256_mul_ps(_mm256_loadu_ps(x + i + 24), scale_at(i + 24)),
+    };
+    // FP8 has few subnormal numbers, FP4 nothing else below 1.
+    bool subnormals = Out::kSignShift != 24;
+    __m256i result;
+    if (!subnormals) result = encode_32<Out, false>(value, subnormals);
+    if (__builtin_expect(subnormals, 0)) result = encode_32<Out, true>(value, subnormals);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), result);
+  }
+  return i;
 }
+
+// The values of sixteen FP8 codes.
+template <class In>
+struct DecodeLanes {
+  __m256 low, high;
+
+  NEMO_FP8_INLINE explicit DecodeLanes(const uint8_t* codes) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    if (In::kShift == 21) {  // E5M2 is the upper half of fp16
+      take(_mm256_slli_epi16(wide, 8));
+      return;
+    }
+    // E4M3 shifted is the fp16 number 2^-8 times as large. One added to the magnitude of NaN alone carries into
+    // bit 7, which becomes the bit that fp16's exponent lacks.
+    const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+    const __m256i top = _mm256_set1_epi16(0x80);
+    const __m256i carry = _mm256_and_si256(_mm256_add_epi16(magnitude, _mm256_set1_epi16(1)), top);
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, top), 8);
+    take(_mm256_or_si256(_mm256_slli_epi16(_mm256_or_si256(magnitude, carry), 7), sign));
+    low = _mm256_mul_ps(low, _mm256_set1_ps(256.0f));
+    high = _mm256_mul_ps(high, _mm256_set1_ps(256.0f));
+  }
+
+  NEMO_FP8_INLINE void take(__m256i halves) {
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  }
+};
 
 // The larger magnitude in each lane; a NaN in `value` is passed over, because the instruction then gives its
 // second operand.
@@ -106,10 +187,7 @@ inline void encode_row(const float* __restrict x, int64_t count, float scale, ui
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
   const __m256 factor = _mm256_set1_ps(scale);
-  const auto lanes = [&](int64_t at) { return encode_lanes<Out>(_mm256_mul_ps(_mm256_loadu_ps(x + at), factor)); };
-  for (; i + 32 <= count; i += 32) {
-    pack_lanes(lanes(i), lanes(i + 8), lanes(i + 16), lanes(i + 24), codes + i);
-  }
+  i = encode_whole<Out>(x, count, [&](int64_t) { return factor; }, codes);
 #endif
   for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale));
 }
@@ -120,14 +198,65 @@ inline void encode_row(const float* __restrict x, int64_t count, const float* __
                        uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
-  const auto lanes = [&](int64_t at) {
-    return encode_lanes<Out>(_mm256_mul_ps(_mm256_loadu_ps(x + at), _mm256_loadu_ps(scale + at)));
-  };
-  for (; i + 32 <= count; i += 32) {
-    pack_lanes(lanes(i), lanes(i + 8), lanes(i + 16), lanes(i + 24), codes + i);
-  }
+  i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_loadu_ps(scale + at); }, codes);
 #endif
   for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale[i]));
+}
+
+// codes[i] = encode(x[i] * scale[i / Block])
+template <class Out, int Block>
+inline void encode_blocks(const float* __restrict x, int64_t count, const float* __restrict scale,
+                          uint8_t* __restrict codes) {
+  int64_t i = 0;
+#ifdef NEMO_FP8_AVX2
+  i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_set1_ps(scale[at / Block]); }, codes);
+#endif
+  for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale[i / Block]));
+}
+
+// values[i] = decode(codes[i])
+template <class In>
+inline void decode_row(const uint8_t* __restrict codes, int64_t count, float* __restrict values) {
+  int64_t i = 0;
+#ifdef NEMO_FP8_AVX2
+  for (; i + 16 <= count; i += 16) {
+    const DecodeLanes<In> lanes(codes + i);
+    _mm256_storeu_ps(values + i, lanes.low);
+    _mm256_storeu_ps(values + i + 8, lanes.high);
+  }
+#endif
+  for (; i < count; ++i) values[i] = In::decode(codes[i]);
+}
+
+// values[i] = decode(codes[i]) * scale[i]
+template <class In>
+inline void decode_row(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
+                       float* __restrict values) {
+  int64_t i = 0;
+#ifdef NEMO_FP8_AVX2
+  for (; i + 16 <= count; i += 16) {
+    const DecodeLanes<In> lanes(codes + i);
+    _mm256_storeu_ps(values + i, _mm256_mul_ps(lanes.low, _mm256_loadu_ps(scale + i)));
+    _mm256_storeu_ps(values + i + 8, _mm256_mul_ps(lanes.high, _mm256_loadu_ps(scale + i + 8)));
+  }
+#endif
+  for (; i < count; ++i) values[i] = In::decode(codes[i]) * scale[i];
+}
+
+// values[i] = decode(codes[i]) * scale[i / Block]
+template <class In, int Block>
+inline void decode_row_blocks(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
+                              float* __restrict values) {
+  int64_t i = 0;
+#ifdef NEMO_FP8_AVX2
+  for (; i + 16 <= count; i += 16) {
+    const DecodeLanes<In> lanes(codes + i);
+    const __m256 factor = _mm256_set1_ps(scale[i / Block]);
+    _mm256_storeu_ps(values + i, _mm256_mul_ps(lanes.low, factor));
+    _mm256_storeu_ps(values + i + 8, _mm256_mul_ps(lanes.high, factor));
+  }
+#endif
+  for (; i < count; ++i) values[i] = In::decode(codes[i]) * scale[i / Block];
 }
 
 }  // namespace fp8

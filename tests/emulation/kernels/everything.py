@@ -1,0 +1,47 @@
+"""All kernels on one matrix, for tests of what runs beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nemo_fp8_recipes.emulation.kernels import Library, Quantized
+from nemo_fp8_recipes.numerics import E4M3
+
+__all__ = ["everything"]
+
+
+def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
+    """What every kernel makes of x [M, K], multiples of 32, and of the codes that come out of it.
+
+    Memory comes from NumPy: torch would clear it on several threads, which hangs in a forked process.
+    """
+    m, k = x.shape
+
+    def out(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(np.zeros(shape, np.float32))
+
+    codes, transposed, alone = out(m, k), out(k, m), out(m, k)
+    found = [torch.tensor(kernels.cast(x, E4M3, 3.0, codes, transposed, observe=True)), codes, transposed]
+    kernels.cast(x, E4M3, 3.0, alone)
+    found += [torch.tensor(kernels.amax(x)), alone, kernels.decode(codes, E4M3)]
+    for square in (False, True):
+        rows, columns = Quantized(out(m, k), out(m, k // 32)), Quantized(out(m, k), out(m // 32, k))
+        kernels.mxfp8(x, E4M3, rows, columns, square=square, swizzled=False)
+        found += [*rows, *columns]
+        for columnwise, of in ((False, rows), (True, columns)):
+            found.append(kernels.decode_mxfp8(*of, E4M3, columnwise=columnwise, swizzled=False))
+        down, across = -(-m // 128), -(-k // 128)
+        rows = Quantized(out(m, k), fp32(down, across) if square else fp32(across, m))
+        columns = Quantized(out(k, m), fp32(across, down) if square else fp32(down, k))
+        kernels.blockwise(x, E4M3, rows, columns, square=square, epsilon=0.0, power_of_two=True)
+        found += [*rows, *columns, kernels.decode_blockwise(*rows, E4M3, square=square)]
+        packed = Quantized(out(m, k // 2), out(m, k // 16))
+        kernels.nvfp4(x, torch.tensor([2.0]), packed, square=square)
+        found += [*packed, kernels.decode_nvfp4(*packed)]
+    rows = Quantized(out(m, k), out(m, k // 32))
+    kernels.mxfp8(x, E4M3, rows, None, square=False, swizzled=False)
+    return [tensor.numpy().tobytes() for tensor in (*found, *rows)]

@@ -9,6 +9,7 @@ from nemo_fp8_recipes.preflight.hardware import Capability
 from nemo_fp8_recipes.preflight.megatron import MegatronSettings
 from nemo_fp8_recipes.preflight.shapes import ModelShape, Parallel
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 
 __all__ = ["Hardware", "PreflightInput"]
 
@@ -53,6 +54,8 @@ class PreflightInput:
     """Probes read the quantised tensors of every layer."""
     elsewhere: frozenset[str] = frozenset()
     """Kinds of linear layers, such as "mlp.linear_fc2", that train with another recipe in every layer."""
+    modules: tuple[ModuleRecipe, ...] = ()
+    """Single modules that train with another recipe, `recipe_modules`."""
     scheduled: bool = False
     """The recipe changes during the job."""
     attention_dropout: float = 0.0

@@ -186,6 +186,7 @@ def job_input(
         model=shape,
         parallel=cut,
         elsewhere=_elsewhere(modules, shape, cut),
+        modules=modules,
         emulated=emulated,
         environment=environment,
         scheduled=len(schedule.recipes()) > 1,

@@ -19,7 +19,7 @@ from nemo_fp8_recipes.recipes.nvfp4 import Nvfp4
 from nemo_fp8_recipes.recipes.presets import presets
 from nemo_fp8_recipes.recipes.tensorwise import Tensorwise
 
-__all__ = ["RECIPES", "Resolution", "load", "names", "resolve"]
+__all__ = ["RECIPES", "Resolution", "load", "load_at", "names", "resolve"]
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (Bf16, Delayed, Tensorwise, Mxfp8, Blockwise, Nvfp4)
@@ -143,6 +143,25 @@ def load(source: str | Recipe | Mapping[str, Any], /, **overrides: Any) -> Recip
         )
     recipe = _read(RECIPES[resolve(name).canonical], values)
     return _read(type(recipe), overrides, base=recipe) if overrides else recipe
+
+
+def load_at(key: str, source: str | Recipe | Mapping[str, Any]) -> Recipe:
+    """`load`, for a recipe that is written elsewhere than under `fp8_recipe`: its errors name `key`.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    try:
+        return load(source)
+    except RecipeError as error:
+        said = error.message.replace(KEY, key) if KEY in error.message else f"{key}: {error.message}"
+        raise RecipeError(
+            said,
+            key=error.key.replace(KEY, key) if error.key else key,
+            value=error.value,
+            allowed=error.allowed,
+            hint=error.hint,
+        ) from error
 
 
 def _named(name: str, overrides: Mapping[str, Any]) -> Recipe:

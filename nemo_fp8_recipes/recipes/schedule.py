@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import RecipeError
 from nemo_fp8_recipes.recipes.base import Recipe
-from nemo_fp8_recipes.recipes.registry import load
+from nemo_fp8_recipes.recipes.registry import load, load_at
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -138,7 +138,7 @@ def schedule_of(config: DictConfig) -> Schedule:
 
 
 def _span(written: SpanConfig, key: str, steps: int) -> Span:
-    recipe = load(written.recipe)
+    recipe = load_at(f"{key}.recipe", written.recipe)
     if getattr(recipe, "fp8_param", False):
         raise RecipeError(
             f"{key} stores weights quantised, which is decided once, when the model is built.",

@@ -15,6 +15,7 @@ from nemo_fp8_recipes.preflight import (
     Parallel,
     PreflightInput,
 )
+from nemo_fp8_recipes.recipes.modules import ModuleRecipe
 
 H100 = Hardware(name="h100", display_name="H100", capability=(9, 0), memory_gb=80)
 B200 = Hardware(name="b200", display_name="B200", capability=(10, 0))
@@ -160,6 +161,18 @@ FOUND = [
         "FP8-HW-006",
         job("tensorwise", hardware=H100, model=LARGE),
         job("tensorwise", hardware=H100, model=LARGE, parallel=Parallel(tp=8, pp=12)),
+    ),
+    (
+        # In BF16 the weights take half of that, and fit.
+        "FP8-HW-006",
+        job("blockwise", hardware=H100, model=LARGE, parallel=Parallel(tp=8, pp=2)),
+        job(
+            "blockwise",
+            hardware=H100,
+            model=LARGE,
+            parallel=Parallel(tp=8, pp=2),
+            modules=(ModuleRecipe("*", "bf16"),),
+        ),
     ),
     (
         "FP8-EMU-001",

@@ -113,3 +113,17 @@ def test_it_composes_and_is_checked_with_the_configuration():
 def test_a_percentage_that_gives_a_whole_step_is_that_step(percent, steps, last):
     schedule = read_schedule([{"recipe": "bf16", "to_step": percent}], MXFP8, steps)
     assert schedule.spans[0].last == last
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"name": "mxfp8", "margn": 1}, r"There is no key 'recipe_schedule\[0\]\.recipe\.margn'"),
+        ({"name": "mxfp8", "amax_history_len": 4}, r"recipe_schedule\[0\]\.recipe=mxfp8 has no such option"),
+        ("mxpf8", r"recipe_schedule\[0\]\.recipe: There is no recipe 'mxpf8'\..* Did you mean 'mxfp8'"),
+    ],
+)
+def test_a_mistake_in_a_spans_recipe_is_named_there(recipe: object, said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as raised:
+        read_schedule([{"recipe": recipe, "to_step": 2}], MXFP8, 10)
+    assert str(raised.value.key).startswith("recipe_schedule[0].recipe")

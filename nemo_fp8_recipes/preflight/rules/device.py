@@ -168,7 +168,7 @@ def fits(job: PreflightInput) -> Iterator[Problem]:
     capability = job.hardware.capability
     # Of the capability only this matters to the cost; a few values of it are cached.
     layout = BLACKWELL if capability is not None and any_gemm_layout(capability) else None
-    held = cost(job.recipe, layout, job.model, job.parallel).weights
+    held = cost(job.recipe, layout, job.model, job.parallel, job.modules).weights
     if held > memory * 1e9:
         yield Problem(
             message=f"The linear layers' weights alone take {held / 1e9:.0f} GB on each rank, and "

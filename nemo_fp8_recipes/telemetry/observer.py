@@ -307,9 +307,11 @@ class Observer:
                 continue
             weight = linear.weight()
             quantizer = getattr(weight, "_quantizer", None)
+            operand = Operand(linear.path, "weight")
+            if primary and quantizer is not None and self._is_reread(operand):
+                self._reread_primary(_Made(operand, quantizer, weight, False, 0))
             probe = self._by_quantizer.get(type(quantizer).__name__)
             if probe is not None:
-                operand = Operand(linear.path, "weight")
                 probe.quantised(operand, quantizer, weight)
                 found = True
         if primary:
@@ -317,6 +319,15 @@ class Observer:
             if found:
                 for probe in self._by_quantizer.values():
                     probe.settle()
+
+    def _reread_primary(self, made: _Made) -> None:
+        """A quantised parameter was made of the optimizer's own copy, which Megatron keeps at the parameter
+        and which has not changed since. Where the copy is a shard of it there is nothing to compare with.
+        """
+        source = getattr(made.tensor, "main_param", None)
+        if isinstance(source, torch.Tensor) and source.numel() == made.tensor.numel():
+            # Megatron casts through the parameter's own dtype (`megatron/core/fp8_utils.py`).
+            self._reread(made, source.detach().to(made.tensor.dtype).reshape(made.tensor.shape))
 
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:

@@ -33,6 +33,9 @@ class TensorwiseProbe(Probe):
         self._read: list[Tensor] = []
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
+        data = tensor._data if tensor._data is not None else tensor._transpose
+        if data is not None and not data.numel():
+            return  # an expert that got no token: its scale was never written
         slot = self._slots.get(operand)
         if slot is None:
             slot = self._slots[operand] = len(self._specs)

@@ -133,7 +133,10 @@ def _status(exit: SystemExit) -> int:
 
 def main(words: list[str]) -> int:
     """Prepare this process, run the job in it, and return its exit status."""
-    directory = Path(os.environ[LAUNCH_DIR])
+    named = os.environ.get(LAUNCH_DIR)
+    if named is None:  # a line that --dry-run printed, typed by hand: nobody reads records or sends signals
+        return _run(words[0], words[1:])
+    directory = Path(named)
     rank = int(os.environ.get("RANK", "0"))
     if os.environ.get(LOG_TO_FILE):
         _log_to(directory / "logs" / f"rank_{rank}.log")

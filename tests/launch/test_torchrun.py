@@ -248,6 +248,16 @@ def test_dry_run_prints_what_a_shell_would_run_and_makes_nothing(in_tmp: Path, l
     assert os.listdir(in_tmp) == []
 
 
+def test_what_dry_run_prints_runs_in_a_shell(in_tmp: Path, launch: Launch) -> None:
+    (in_tmp / "script.py").write_text("import os, sys; print('ran', sys.argv[1:], os.environ.get('RANK'))")
+    words = ("fp8_recipe=mxfp8", "--", "script.py", "it's", "$HOME")
+    printed = launch(*words[:1], "--dry-run", *words[1:])
+    done = subprocess.run(["sh", "-c", printed.stdout], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ran [\"it's\", '$HOME']")
+    assert os.listdir(in_tmp) == ["script.py"]
+
+
 def test_a_whole_training_job_on_two_ranks_and_its_resumption(in_tmp: Path, launch: Launch) -> None:
     words = (
         *TWO,

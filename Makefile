@@ -6,6 +6,7 @@
 #   make test-browser                            the HTML report in Chromium
 #   make test-loops                              Lightning's and Accelerate's loops around Transformer Engine
 #   make test-megatron-lm MEGATRON_LM=PATH       a checkout of Megatron-LM: its parser, its pretrain_gpt.py
+#   make test-conformance TE_TESTS=PATH          Transformer Engine's own tests; PATH: tests/pytorch of its source
 #   make train-nemo / make test-nemo             NeMo 2's trainer, in an environment of its own ($(VENV_NEMO))
 #   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
 #   make test-presets                            presets and models against NeMo's and Bridge's own sources
@@ -18,6 +19,7 @@ VENV_NEMO ?= .venv-nemo
 VENV_BRIDGE ?= .venv-bridge
 # Megatron-Bridge 0.3.1 and its Megatron-Core, found before the newer ones.
 BRIDGE_0_3 = $(abspath $(VENV_BRIDGE))/bridge-0.3
+CONFORMANCE = $(abspath $(VENV))/conformance
 ARGS ?=
 PYTEST_WORKERS ?= 2
 # More options for pip, such as where your mirror of PyTorch's CPU wheels is.
@@ -30,7 +32,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
+.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm test-conformance train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -75,6 +77,13 @@ test-loops: $(VENV)/.installed-test
 test-megatron-lm: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[cpu,test]' pybind11
 	MEGATRON_LM=$(MEGATRON_LM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/targets/test_megatron_lm_source.py $(ARGS)
+
+# Whole files take long: what a part of it said is kept, and used again as long as nothing changed.
+test-conformance: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade \
+	  --target $(CONFORMANCE) -r requirements/conformance.txt
+	PYTHONPATH=$(CONFORMANCE) OMP_NUM_THREADS=1 $(BIN)/python -m nemo_fp8_recipes.emulation.conformance $(TE_TESTS) \
+	  --keep $(CONFORMANCE)-outcomes --output docs/conformance.md $(ARGS)
 
 train-nemo: $(VENV_NEMO)/.installed
 	$(VENV_NEMO)/bin/nemo-fp8 train framework=nemo $(strip $(RECIPE) $(ARGS))

@@ -12,6 +12,7 @@ later whether triton is installed is told that it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -78,12 +79,13 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to "
         "tensors'",
     )
-    after_import(
-        ledger,
-        "transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage",
-        _let_mxfp8_storages_stay,
-        "dequantize moves a tensor of another device to CUDA; internal storages have no `to`",
-    )
+    for format_, storage in (("mxfp8", "MXFP8TensorStorage"), ("nvfp4", "NVFP4TensorStorage")):
+        after_import(
+            ledger,
+            f"transformer_engine.pytorch.tensor.storage.{format_}_tensor_storage",
+            functools.partial(_let_storages_stay, name=storage),
+            "dequantize moves a tensor of another device to CUDA; internal storages have no `to`",
+        )
     before = set(sys.modules)
     _settle_triton()
     try:
@@ -134,11 +136,11 @@ def _canonicalize_device(device: Any) -> Any:
     return where if isinstance(where, torch.device) else torch.device(where)
 
 
-def _let_mxfp8_storages_stay(module: types.ModuleType) -> None:
-    """Give `MXFP8TensorStorage` the `to` that its dequantize calls; tensors keep torch's own."""
+def _let_storages_stay(module: types.ModuleType, *, name: str) -> None:
+    """Give a storage class the `to` that its dequantize calls; tensors keep torch's own."""
     import torch
 
-    storage: Any = module.MXFP8TensorStorage
+    storage: Any = getattr(module, name)
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         return super(storage, self).to(*args, **kwargs) if isinstance(self, torch.Tensor) else self

@@ -49,9 +49,7 @@ def _fp32(value: float) -> float:
 
 
 _SIXTH = _fp32(1.0 / fp4.E2M1_MAX)
-_FULL_RANGE = E4M3.max * fp4.E2M1_MAX
-_FULL_RANGE_RECIPROCAL = _fp32(1.0 / _FULL_RANGE)
-_FULL_RANGES_RECIPROCAL = _fp32(1.0 / _fp32(_FULL_RANGE * _FULL_RANGE))
+_E4M3_MAX = int(E4M3.max)
 
 
 class Blocks(NamedTuple):
@@ -66,18 +64,19 @@ class Blocks(NamedTuple):
     scale_e4m3: Tensor
 
 
-def global_scale(amax: Tensor) -> Tensor:
+def global_scale(amax: Tensor, e4m3_max: int = _E4M3_MAX) -> Tensor:
     """What maps a tensor's amax to the largest value that a block can hold, 448 * 6.
 
     `compute_global_encode_scaling_factor_FP4`: at most FLT_MAX, and 1 for an amax of zero or infinity.
 
     Args:
         amax: fp32, any shape, not negative.
+        e4m3_max: largest scale of a block; 4over6 can leave room above it (`nvfp4_4over6.py`).
 
     Returns:
         fp32 of the same shape.
     """
-    scale = torch.div(torch.full_like(amax, _FULL_RANGE), amax).clamp_max_(FLT_MAX)
+    scale = torch.div(torch.full_like(amax, e4m3_max * fp4.E2M1_MAX), amax).clamp_max_(FLT_MAX)
     return torch.where((amax == 0.0) | (scale == 0.0), 1.0, scale)
 
 
@@ -129,7 +128,11 @@ def block_values(packed: Tensor, scale_e4m3: Tensor) -> Tensor:
 
 
 def dequantize(
-    packed: Tensor, scale_e4m3: Tensor, amax: Tensor, dtype: torch.dtype = torch.float32
+    packed: Tensor,
+    scale_e4m3: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype = torch.float32,
+    e4m3_max: int = _E4M3_MAX,
 ) -> Tensor:
     """The values of NVFP4 codes: the scales are multiplied first, in fp32, then the code.
 
@@ -138,15 +141,23 @@ def dequantize(
         scale_e4m3: uint8 [M, K / 16], or [ceil(M / 16), K / 16] of 16x16 blocks.
         amax: fp32, one element, or with 1x16 blocks one a row.
         dtype: dtype of the result.
+        e4m3_max: what the global scale was made with.
 
     Returns:
         [M, K].
     """
-    scale = cast.decode(scale_e4m3, E4M3).mul_(amax.reshape(-1, 1)).mul_(_FULL_RANGE_RECIPROCAL)
+    reciprocal = _fp32(1.0 / (e4m3_max * fp4.E2M1_MAX))
+    scale = cast.decode(scale_e4m3, E4M3).mul_(amax.reshape(-1, 1)).mul_(reciprocal)
     return _scaled(packed, scale).to(dtype)
 
 
-def gemm_scale(amax_a: Tensor, amax_b: Tensor, alpha: float = 1.0) -> Tensor:
+def gemm_scale(
+    amax_a: Tensor,
+    amax_b: Tensor,
+    alpha: float = 1.0,
+    e4m3_max_a: int = _E4M3_MAX,
+    e4m3_max_b: int = _E4M3_MAX,
+) -> Tensor:
     """What the product of two matrices of `block_values` is multiplied with.
 
     `compute_nvfp4_per_tensor_scale_kernel` in `recipe/nvfp4.cu`.
@@ -155,11 +166,14 @@ def gemm_scale(amax_a: Tensor, amax_b: Tensor, alpha: float = 1.0) -> Tensor:
         amax_a: fp32, one element.
         amax_b: fp32, one element.
         alpha: the caller's own factor.
+        e4m3_max_a, e4m3_max_b: what the matrices' global scales were made with.
 
     Returns:
         fp32 (1,).
     """
-    return amax_a.reshape(1).mul(_fp32(alpha)).mul_(amax_b.reshape(1)).mul_(_FULL_RANGES_RECIPROCAL)
+    # The product of these whole numbers is exact in fp32.
+    reciprocal = _fp32(1.0 / (fp4.E2M1_MAX * fp4.E2M1_MAX * e4m3_max_a * e4m3_max_b))
+    return amax_a.reshape(1).mul(_fp32(alpha)).mul_(amax_b.reshape(1)).mul_(reciprocal)
 
 
 def _quantize(

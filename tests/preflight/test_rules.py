@@ -174,16 +174,6 @@ FOUND = [
             modules=(ModuleRecipe("*", "bf16"),),
         ),
     ),
-    (
-        "FP8-EMU-001",
-        job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
-        job("nvfp4", options={"nvfp4_4over6": "weights"}),
-    ),
-    (
-        "FP8-EMU-001",
-        job("nvfp4", options={"nvfp4_4over6": "weights"}, emulated=True),
-        job("nvfp4", emulated=True),
-    ),
     ("FP8-EMU-003", job(megatron=graphs(), emulated=True), job(megatron=graphs())),
     ("FP8-EMU-002", job(options={"fp8_dpa": True}, emulated=True), job(options={"fp8_dpa": True})),
     (

@@ -16,7 +16,7 @@ from tests.training.command import train
         ("run", ("data.path=/nowhere/at/all",), "There is no directory /nowhere/at/all"),
         ("run", ("parallel.tp=2",), "do not divide into parallel.tp=2"),
         ("run", ("fp8_recipe=mxfp8", "hardware=h100"), "FP8-HW-001"),
-        ("run", ("fp8_recipe=nvfp4", "fp8_recipe.nvfp4_4over6=weights"), "is not emulated"),
+        ("run", ("fp8_recipe.fp8_dpa=true",), "FP8-EMU-002"),
         ("run", ("training.steps=0",), "training.steps=0"),
     ],
 )

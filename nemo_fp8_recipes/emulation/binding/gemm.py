@@ -4,7 +4,9 @@ Follows `gemm` and `te_general_grouped_gemm` in `pytorch/csrc/extensions/gemm.cp
 `common/gemm/cublaslt_gemm.cu` of Transformer Engine. In row-major terms D[n, m] = op(B)[n, k] @ op(A)[k, m].
 
 Operands are decoded to fp32 and multiplied in fp32; bias, GELU and accumulation are added to the fp32 result,
-which is rounded once to the output dtype. What is not followed: the order of summation, the reduced-precision
+which is rounded once to the output dtype. Hopper's block-scaled GEMM rounds twice when it accumulates: the
+product (and bias) to the output dtype, then the sum (`references/blockwise_fp8_gemm_reference.py` of TE's
+tests). What is not followed: the order of summation, the reduced-precision
 accumulators that `use_split_accumulator=False` allows on Hopper, and TF32, which cuBLAS uses where every
 operand is fp32.
 """
@@ -70,7 +72,7 @@ def generic_gemm(
         gelu_in: input of GELU, saved by the forward pass.
         grad: a GEMM of the backward pass.
         accumulate: add to D.
-        use_split_accumulator: recorded; sums are fp32 in either case.
+        use_split_accumulator: recorded; sums are fp32 in either case. Hopper's block scaling demands it.
         alpha, beta: factors of product and D; beta is 1 when accumulating.
 
     Returns:
@@ -90,8 +92,6 @@ def generic_gemm(
         "Trying to use non-zero beta while not accumulating into D tensor. "
         "Beta has nothing to be applied to.",
     )
-    if bias is not None and gelu and grad:
-        not_emulated("generic_gemm with the gradients of bias and GELU in one")
     if accumulate and quantizer is not None:
         not_emulated("generic_gemm that accumulates into a quantised output")
     a = operand("A", A, columnwise=not transA)
@@ -125,12 +125,20 @@ def generic_gemm(
         if gelu and not grad:
             pre_gelu = torch.zeros(shape, dtype=pre_gelu_dtype)
     else:
-        problem.require_supported(Epilogue(bias=bias is not None, gelu=gelu, grad=grad))
+        problem.require_supported(
+            Epilogue(bias=bias is not None, gelu=gelu, grad=grad),
+            split_accumulator=bool(use_split_accumulator),
+            out_dtype=dtype,
+        )
+        if bias is not None and gelu and grad:
+            not_emulated("generic_gemm with the gradients of bias and GELU in one")
         result = _multiply(problem, alpha).view(shape)
-        if accumulate:
-            result.add_(D.detach().to(torch.float32), alpha=1.0 if beta is None else beta)
         if bias is not None and not grad:
             result.add_(bias.detach().to(torch.float32))
+        if accumulate:
+            if problem.hopper_blockwise:
+                result = result.to(dtype).to(torch.float32)
+            result.add_(D.detach().to(torch.float32), alpha=1.0 if beta is None else beta)
         if gelu and not grad:
             pre_gelu = result.to(pre_gelu_dtype)
             result = gelu_forward(result)
@@ -234,7 +242,8 @@ def _multiply(problem: Problem, alpha: float) -> Tensor:
     b, b_factor = problem.b.matrix()
     product = torch.mm(b.t() if problem.trans_b else b, a.t() if problem.trans_a else a)
     if a_factor is not None and b_factor is not None and problem.a.scaling == NVFP4_SCALING:
-        return product.mul_(gemm_scale(a_factor, b_factor, alpha))
+        ranges = (problem.a.tensor._nvfp4_e4m3_max, problem.b.tensor._nvfp4_e4m3_max)
+        return product.mul_(gemm_scale(a_factor, b_factor, alpha, *ranges))
     if a_factor is not None and b_factor is not None:
         product.mul_(a_factor * b_factor)
     return product.mul_(alpha) if alpha != 1.0 else product

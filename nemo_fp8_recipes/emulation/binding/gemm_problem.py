@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+import torch
+
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported, sm_arch
 from nemo_fp8_recipes.emulation.binding.operands import NVFP4_SCALING, PER_TENSOR, Operand
 from nemo_fp8_recipes.emulation.binding.storage import flat_2d
@@ -80,7 +82,14 @@ class Problem:
         """Shape of D: B's outer dimensions (flattened where B is transposed), then m."""
         return ((self.n,) if self.trans_b else self.b.shape[:-1]) + (self.m,)
 
-    def require_supported(self, epilogue: Epilogue) -> None:
+    @property
+    def hopper_blockwise(self) -> bool:
+        """Whether this is block scaling on the tensor cores that know it."""
+        return self.a.scaling in ("block_1d", "block_2d") and sm_arch() < 100
+
+    def require_supported(
+        self, epilogue: Epilogue, *, split_accumulator: bool, out_dtype: torch.dtype
+    ) -> None:
         """What the GEMM on the posing device takes.
 
         Raises:
@@ -91,20 +100,12 @@ class Problem:
             self._require_per_tensor()
         elif self.a.scaling == NVFP4_SCALING:
             # cuBLAS asks for rows of whole 16 bytes: 32 elements of A and B, 8 of a 16-bit D.
-            nvte_check(
-                self.k % 32 == 0 and self.m % 8 == 0,
-                CUBLAS,
-                f"Unable to find suitable cuBLAS GEMM algorithm (m={self.m}, n={self.n}, k={self.k})",
-            )
-        elif self.a.scaling in ("block_1d", "block_2d") and sm_arch() < 100:
-            self._require_blockwise(epilogue)
+            _require_algorithm(self.k % 32 == 0 and self.m % 8 == 0, f"m={self.m}, n={self.n}, k={self.k}")
+        elif self.hopper_blockwise:
+            self._require_blockwise(epilogue, split_accumulator, out_dtype)
         elif self.a.scaling in ("block_1d", "block_2d"):
             # From Blackwell on these run as MXFP8: TE checks nothing, cuBLAS asks for rows of whole 16 bytes.
-            nvte_check(
-                self.k % 16 == 0 and self.m % 8 == 0,
-                CUBLAS,
-                f"Unable to find suitable cuBLAS GEMM algorithm (m={self.m}, n={self.n}, k={self.k})",
-            )
+            _require_algorithm(self.k % 16 == 0 and self.m % 8 == 0, f"m={self.m}, n={self.n}, k={self.k}")
 
     def _require_formats(self) -> None:
         a, b = self.a, self.b
@@ -118,11 +119,7 @@ class Problem:
         )
         both_fp8 = a.quantized and b.quantized and not (a.format == b.format == "e5m2")
         same_high_precision = not a.quantized and a.format == b.format
-        nvte_check(
-            both_fp8 or same_high_precision,
-            CUBLAS,
-            f"Unable to find suitable cuBLAS GEMM algorithm (A is {a.format}, B is {b.format})",
-        )
+        _require_algorithm(both_fp8 or same_high_precision, f"A is {a.format}, B is {b.format}")
 
     def _require_per_tensor(self) -> None:
         a_reads_rows, b_reads_rows = self.trans_a, not self.trans_b
@@ -141,7 +138,7 @@ class Problem:
                 f"Leading dimension requirement on {name} for FP8 GEMM. Caller must pad.",
             )
 
-    def _require_blockwise(self, epilogue: Epilogue) -> None:
+    def _require_blockwise(self, epilogue: Epilogue, split_accumulator: bool, out_dtype: torch.dtype) -> None:
         where = "for NVTE_BLOCK_SCALING GEMM. Caller must pad."
         nvte_check(
             self.k % 16 == 0,
@@ -166,4 +163,21 @@ class Problem:
             CUBLAS,
             "Epilogue requested outside of the available and tested cuBLAS functionality for "
             "float8 block scaled GEMM",
+        )
+        nvte_check(
+            not epilogue.gelu or out_dtype == torch.bfloat16,
+            CUBLAS,
+            "cuBLAS Error: an unsupported value or parameter was passed to the function",
+        )
+        # cuBLAS has block-scaled kernels with the split accumulator only.
+        _require_algorithm(split_accumulator, "block scaling with use_split_accumulator=False")
+
+
+def _require_algorithm(condition: bool, problem: str) -> None:
+    """What cuBLAS has no kernel for: TE's check of the heuristic's answer."""
+    if not condition:
+        nvte_error(
+            CUBLAS,
+            "Assertion failed: status != CUBLAS_STATUS_NOT_SUPPORTED. "
+            f"Unable to find suitable cuBLAS GEMM algorithm ({problem})",
         )

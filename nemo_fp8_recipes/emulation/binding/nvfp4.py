@@ -9,7 +9,7 @@ is applied to columnwise data only, whose amax is then that of the transformed m
 `optimize_for_gemm` the scales are in the GEMM's swizzled order where TE's fused kernels write them so.
 
 Stochastic rounding draws from torch's default generator, as the device's generator does on a GPU; the bits
-are others. Not emulated: 4over6, and what NVTE_USE_FAST_MATH changes.
+are others. Not emulated: what NVTE_USE_FAST_MATH changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
 from nemo_fp8_recipes.emulation.binding.per_tensor import amax_of
 from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
-from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4
+from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4, nvfp4_4over6
 
 __all__ = ["NVFP4", "Nvfp4Scaling", "scale_shape"]
 
@@ -172,7 +172,7 @@ class Nvfp4Scaling:
     ) -> None:
         """Quantise one direction: `matrix` along its rows, under the amax that is in `buffers`."""
         stochastic = bool(quantizer.stochastic_rounding)
-        compiled = kernels.for_tensor(matrix)
+        compiled = None if quantizer.nvfp4_use_4over6 else kernels.for_tensor(matrix)
         if compiled is not None:
             data_shape, _ = specs[f"_{direction}_data"]
             packed = torch.empty(data_shape, dtype=torch.uint8)
@@ -187,8 +187,19 @@ class Nvfp4Scaling:
             buffers[f"_{direction}_data"] = packed
             buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded
             return
-        quantize = nvfp4.quantize_2d if quantizer.with_2d_quantization else nvfp4.quantize_1d
-        packed, scale = quantize(matrix, buffers[f"_amax_{direction}"], stochastic=stochastic)
+        largest = buffers[f"_amax_{direction}"]
+        if quantizer.nvfp4_use_4over6:
+            packed, scale = nvfp4_4over6.quantize(
+                matrix,
+                largest,
+                square=bool(quantizer.with_2d_quantization),
+                e4m3_max=int(quantizer.nvfp4_e4m3_max),
+                error_mode=quantizer.nvfp4_4over6_err_mode,
+                fast_error=_environment_flag("NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH"),
+            )
+        else:
+            quantize = nvfp4.quantize_2d if quantizer.with_2d_quantization else nvfp4.quantize_1d
+            packed, scale = quantize(matrix, largest, stochastic=stochastic)
         if quantizer.with_2d_quantization:
             scale = scale.repeat_interleave(BLOCK, dim=0)
         rows, columns = specs[f"_{direction}_scale_inv"][0]
@@ -212,13 +223,17 @@ def _require_supported(quantizer: Any, x: Tensor) -> None:
 
     Raises:
         RuntimeError: dtypes and combinations of options that TE has no kernel for.
-        NotImplementedError: 4over6, fast math, square blocks together with the Hadamard transform.
+        NotImplementedError: fast math, square blocks together with the Hadamard transform.
     """
     if sm_arch() < 100:
         nvte_error(_DISPATCH, "NVFP4 quantization needs compute capability 10.0 or later.")
+    e4m3_max = quantizer.nvfp4_e4m3_max
+    nvte_check(e4m3_max in (256, 448), SOURCE, f"Unsupported NVFP4 E4M3 max: {e4m3_max}")
     if quantizer.nvfp4_use_4over6:
-        not_emulated("quantize with NVFP4Quantizer(nvfp4_use_4over6=True)")
-    if os.environ.get("NVTE_USE_FAST_MATH", "0") not in ("", "0"):
+        _require_4over6(quantizer)
+    else:
+        nvte_check(e4m3_max == 448, _DISPATCH, "Non-4over6 NVFP4 quantization requires E4M3 max 448.")
+    if _environment_flag("NVTE_USE_FAST_MATH") and not quantizer.nvfp4_use_4over6:
         not_emulated("quantize with NVFP4Quantizer and NVTE_USE_FAST_MATH", "Unset NVTE_USE_FAST_MATH.")
     if quantizer.row_scaled_nvfp4:
         _require_row_scaled(quantizer, x)
@@ -233,6 +248,30 @@ def _require_supported(quantizer: Any, x: Tensor) -> None:
         nvte_error(SOURCE, "Pre-RHT amax is not supported yet. Use with_post_rht_amax=true instead.")
     if quantizer.with_2d_quantization:
         not_emulated("quantize with NVFP4Quantizer(with_rht=True, with_2d_quantization=True)")
+
+
+def _require_4over6(quantizer: Any) -> None:
+    mode = quantizer.nvfp4_4over6_err_mode
+    nvte_check(mode in ("MAE", "MSE"), SOURCE, f"Unsupported NVFP4 4over6 error mode: {mode}")
+    for option, what in (("with_rht", "RHT"), ("stochastic_rounding", "stochastic rounding")):
+        nvte_check(
+            not getattr(quantizer, option), SOURCE, f"NVFP4 4over6 quantization does not support {what}."
+        )
+    nvte_check(
+        not (quantizer.row_scaled_nvfp4 and quantizer.columnwise_usage),
+        _DISPATCH,
+        "Row-scaled NVFP4 transpose quantization is not supported with 4over6 mode. The 4over6 kernel does "
+        "not consume the per-row/per-column amaxes, so the columnwise output would be incorrect.",
+    )
+    nvte_check(
+        not quantizer.with_2d_quantization or quantizer.rowwise_usage,
+        "common/cast/nvfp4/quantize_4over6_nvfp4.cuh",
+        "NVFP4 4over6 2D quantization requires rowwise output.",
+    )
+
+
+def _environment_flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
 
 
 def _require_row_scaled(quantizer: Any, x: Tensor) -> None:

@@ -133,7 +133,8 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     """
     classes = te_classes()
     if isinstance(tensor, classes.nvfp4_storage):
-        dequantized = nvfp4.dequantize(*_nvfp4_buffers(tensor, columnwise))
+        packed, scale, largest = _nvfp4_buffers(tensor, columnwise)
+        dequantized = nvfp4.dequantize(packed, scale, largest, e4m3_max=tensor._nvfp4_e4m3_max)
         return dequantized.t() if columnwise else dequantized
     fmt = fp8_format(tensor._fp8_dtype)
     if isinstance(tensor, classes.float8_storage):
@@ -179,12 +180,7 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
 def _nvfp4_buffers(tensor: Any, columnwise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes [rows, columns / 2], their scales without padding and their amax; columnwise those of the
     transposed matrix.
-
-    Raises:
-        NotImplementedError: a tensor quantised with 4over6.
     """
-    if tensor._nvfp4_use_4over6:
-        not_emulated("reading an NVFP4 tensor with nvfp4_use_4over6")
     direction = "columnwise" if columnwise else "rowwise"
     packed = getattr(tensor, f"_{direction}_data")
     scale = getattr(tensor, f"_{direction}_scale_inv")

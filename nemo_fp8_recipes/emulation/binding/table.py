@@ -12,7 +12,7 @@ Every name that Transformer Engine {surface.SUPPORTED_TE}'s compiled module `tra
 exports, made from `nemo_fp8_recipes/emulation/binding/surface.py` by
 `python -m nemo_fp8_recipes.emulation.binding.table`. *Emulated by* names the file in that directory. What is
 not emulated raises `NotImplementedError` with its own name when it is called, and so does an option that an
-emulated function does not have (communication overlap in a GEMM, NVFP4's 4over6).
+emulated function does not have (communication overlap in a GEMM, say).
 """
 
 

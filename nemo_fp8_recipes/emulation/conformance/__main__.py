@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nemo_fp8_recipes
 from nemo_fp8_recipes.emulation.conformance.report import STOPPED, PartResult, markdown, read
 from nemo_fp8_recipes.emulation.conformance.suite import SUITE, Part
 
@@ -22,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nemo_fp8_recipes.emulation.conformance",
         description="Run Transformer Engine's own tests on the emulated device and tell what became of them.",
-        epilog="Example: python -m nemo_fp8_recipes.emulation.conformance ~/TransformerEngine/tests/pytorch",
+        epilog="Example: python -m nemo_fp8_recipes.emulation.conformance ~/TransformerEngine/tests/pytorch. "
+        "Some files import nvdlfw-inspect and triton, and TE's own CI uses pytest 8.2.1: "
+        "requirements/conformance.txt has them.",
     )
     parser.add_argument("tests", type=Path, help="tests/pytorch in a source tree of Transformer Engine")
     parser.add_argument("files", nargs="*", help="only these files of the suite, or others")
     parser.add_argument("--output", type=Path, help="write the table here (default: print it)")
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
-    parser.add_argument("--keep", type=Path, help="keep outcomes here, and use those that are there already")
+    parser.add_argument("--keep", type=Path, help="keep outcomes here, and use those of the same run")
     options = parser.parse_args(arguments)
     if not (options.tests / "test_recipe.py").is_file():
         print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
@@ -51,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
                 file=sys.stderr,
             )
-    table = markdown(results, title="Transformer Engine's own tests, emulated", notes=_notes(results))
+    notes = _notes(results, options.tests)
+    table = markdown(results, title="Transformer Engine's own tests, emulated", notes=notes)
     if options.output is None:
         print(table)
     else:
@@ -66,19 +72,41 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
     parts = [part for file in files for part in known.get(file, [Part(file)])] or list(SUITE)
     if sample is None:
         return parts
-    return [Part(part.file, sample, part.device, part.keyword) for part in parts]
+    return [dataclasses.replace(part, sample=sample) for part in parts]
 
 
 def _result(tests: Path, part: Part, seconds: float, keep: Path | None) -> PartResult:
-    """Run a part, or read what an earlier run kept of it."""
-    kept = None if keep is None else keep / f"{part.file.replace('/', '-')}.{part.device}.json"
-    if kept is not None and kept.exists():
-        return read(part, json.loads(kept.read_text(encoding="utf-8")))
+    """Run a part, or read what an earlier run of the very same kept of it."""
+    if keep is None:
+        return read(part, _run(tests, part, seconds))
+    made_of = _made_of(tests, part)
+    kept = keep / f"{part.file.replace('/', '-')}.{part.device}.json"
+    if kept.exists():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if isinstance(before, dict) and before["made_of"] == made_of:
+            return read(part, before["outcomes"])
     entries = _run(tests, part, seconds)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    if not any(str(entry.get("message", "")).startswith(STOPPED) for entry in entries):
+        keep.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"made_of": made_of, "outcomes": entries}, indent=1), encoding="utf-8")
     return read(part, entries)
+
+
+def _made_of(tests: Path, part: Part) -> dict[str, Any]:
+    """What decides the outcomes of a part, so that those of anything else are not used for it."""
+    package = Path(nemo_fp8_recipes.__file__).parent
+    sources = [path for name in ("emulation", "numerics") for path in (package / name).rglob("*.*")]
+    sources = sorted(path for path in sources if path.suffix in (".py", ".cpp", ".h"))
+    digest = hashlib.sha256()
+    for path in [tests / part.file, *sources]:
+        digest.update(path.read_bytes())
+    return {
+        "part": json.loads(json.dumps(dataclasses.asdict(part))),
+        "python": sys.version.split()[0],
+        "transformer_engine": importlib.metadata.version("transformer-engine"),
+        "torch": importlib.metadata.version("torch"),
+        "sources": digest.hexdigest(),
+    }
 
 
 def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
@@ -103,9 +131,13 @@ def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
         ]
         if part.keyword:
             command += ["-k", part.keyword]
-        environment = {**os.environ, "NVTE_TEST_NVINSPECT_FEATURE_DIRS": _debug_features()}
-        configs = tests / "debug" / "test_configs"
-        environment.setdefault("NVTE_TEST_NVINSPECT_CONFIGS_DIR", f"{configs}/")
+        configs = f"{tests / 'debug' / 'test_configs'}/"
+        features = _debug_features()
+        if part.file.startswith("debug/"):
+            command += ["--feature_dirs", features, "--configs_dir", configs]
+        environment = {**os.environ, **_ENVIRONMENT, **dict(part.environment)}
+        environment["NVTE_TEST_NVINSPECT_FEATURE_DIRS"] = features
+        environment.setdefault("NVTE_TEST_NVINSPECT_CONFIGS_DIR", configs)
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
@@ -128,6 +160,10 @@ def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
         return entries
 
 
+# Attention in FP8 falls to TE's unfused attention, which is plain torch, once it may emulate FP8.
+_ENVIRONMENT = {"NVTE_UnfusedDPA_Emulate_FP8": "1"}
+
+
 def _debug_features() -> str:
     from importlib.util import find_spec
 
@@ -135,13 +171,15 @@ def _debug_features() -> str:
     return str(Path(found.origin).parent / "debug" / "features") if found and found.origin else ""
 
 
-def _notes(results: Sequence[PartResult]) -> list[str]:
+def _notes(results: Sequence[PartResult], tests: Path) -> list[str]:
     version = importlib.metadata.version("transformer-engine")
     sampled = sum(result.collected > len(result.outcomes) for result in results)
+    stamp = tests.parent.parent / "build_tools" / "VERSION.txt"
+    source = f"its source tree at {stamp.read_text().strip()}" if stamp.is_file() else "a source tree"
     return [
         f"Transformer Engine {version}, torch {importlib.metadata.version('torch')}. Made by",
         "`python -m nemo_fp8_recipes.emulation.conformance PATH_TO_TE/tests/pytorch`.",
-        "Nothing of this ran on a GPU.",
+        f"The tests are those of {source}. Nothing of this ran on a GPU.",
         "",
         f"{sampled} of the {len(results)} files are sampled (column *run*): the tests are spread evenly over",
         "the parameters of every test function. *Needs a real GPU* is only what uses fused attention, CUDA",

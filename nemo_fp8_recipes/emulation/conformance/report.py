@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_fp8_recipes.emulation.conformance.suite import Part, reason
+from nemo_fp8_recipes.emulation.conformance.suite import Part, cause, reason
 
 __all__ = ["STOPPED", "Outcome", "PartResult", "markdown", "read"]
 
@@ -81,7 +81,7 @@ def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str])
         lines += ["", f"Passed of those that need no real GPU: {total['passed'] / judged:.1%}."]
     lines += _section(results, "failed", "Failed")
     lines += _section(results, "stopped", "Ran out of time: the rest of the file did not run")
-    lines += _section(results, "needs a real GPU", "Needs a real GPU")
+    lines += _excluded(results)
     lines += ["", "## Skipped by the tests themselves", ""]
     why = Counter(o.detail for result in results for o in result.outcomes if o.kind == "skipped")
     lines += [f"- {number} times: {_cell(text)}" for text, number in why.most_common()]
@@ -94,12 +94,30 @@ def _row(name: str, collected: int, kinds: Mapping[str, int]) -> str:
     return f"| {name} | " + " | ".join(str(number) for number in numbers) + " |"
 
 
+def _excluded(results: Sequence[PartResult]) -> list[str]:
+    """Reason -> test functions, with the number of their parameter sets that were run and need a GPU."""
+    by_reason: dict[str, Counter[str]] = {}
+    for result in results:
+        for outcome in result.outcomes:
+            if outcome.kind == "needs a real GPU":
+                by_reason.setdefault(outcome.detail, Counter())[outcome.id.split("[")[0]] += 1
+    lines = ["", "## Needs a real GPU", ""]
+    if not by_reason:
+        return [*lines, "None."]
+    for why, functions in sorted(by_reason.items(), key=lambda pair: -pair[1].total()):
+        lines += [f"**{_cell(why)}** ({functions.total()})", ""]
+        lines += [f"- `{name}`, {number} times" for name, number in functions.items()]
+        lines += [""]
+    return lines[:-1]
+
+
 def _section(results: Sequence[PartResult], kind: str, heading: str) -> list[str]:
     by_detail: dict[str, list[str]] = {}
     for result in results:
         for outcome in result.outcomes:
             if outcome.kind == kind:
-                by_detail.setdefault(outcome.detail, []).append(outcome.id)
+                known = cause(outcome.id, outcome.detail) if kind == "failed" else ""
+                by_detail.setdefault(known or outcome.detail, []).append(outcome.id)
     lines = ["", f"## {heading}", ""]
     if not by_detail:
         return [*lines, "None."]

@@ -4,8 +4,8 @@ Only the entry points that take a device are wrapped (torch's own list of tensor
 and `new_*` families, `Tensor.to`, `Tensor.cuda`, …). A `TorchFunctionMode` would catch them all in one place,
 but runs Python code around every torch operation of every step and holds only in the thread that entered it.
 
-`tensor.device` stays the truth ("cpu"). `Tensor.is_cuda` and `Tensor.type()` answer for the posing device
-when they are asked by anything but torch itself, whose own decisions need the truth.
+`tensor.device` stays the truth ("cpu"). `Tensor.is_cuda`, `Tensor.is_cpu` and `Tensor.type()` answer for the
+posing device when they are asked by anything but torch itself, whose own decisions need the truth.
 """
 
 # ruff: noqa: ARG001 -- the signatures are torch's
@@ -161,6 +161,9 @@ def _answer_for_the_device(ledger: PatchLedger) -> None:
     def is_cuda(self: torch.Tensor) -> bool:
         return self.device.type == "cpu" and not _asked_by_torch()
 
+    def is_cpu(self: torch.Tensor) -> bool:
+        return self.device.type == "cpu" and _asked_by_torch()
+
     @functools.wraps(type_of)
     def redirected_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
@@ -173,6 +176,12 @@ def _answer_for_the_device(ledger: PatchLedger) -> None:
         return type_of(self, dtype, *args, **kwargs)
 
     ledger.set(torch.Tensor, "is_cuda", property(is_cuda), "modules refuse inputs that are not on the device")
+    ledger.set(
+        torch.Tensor,
+        "is_cpu",
+        property(is_cpu),
+        "Transformer Engine dequantizes tensors of a CPU in another way",
+    )
     ledger.set(
         torch.Tensor, "type", redirected_type, "Megatron-Core recognises parameters by their CUDA type name"
     )

@@ -19,9 +19,6 @@ from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import OPERANDS, Blockwise
 from nemo_fp8_recipes.targets.versions import at_least
 
-# Options of a recipe that emulation/ has no kernels for, with the value that it has them for.
-NOT_EMULATED = {"nvfp4": {"nvfp4_4over6": "none"}}
-
 _QUANTIZATION = "pytorch/quantization.py"
 _SUPPORT = engine(_QUANTIZATION, 224, "def check_recipe_support")
 BLOCKWISE_ON_BLACKWELL = "2.9"
@@ -177,22 +174,6 @@ def fits(job: PreflightInput) -> Iterator[Problem]:
             value=job.parallel.tp,
             fix="Cut the model over more ranks: parallel.tp, parallel.pp, parallel.ep.",
         )
-
-
-@rule("FP8-EMU-001", "error", "an option of the recipe is not emulated", source="nemo_fp8_recipes/emulation")
-def recipe_emulated(job: PreflightInput) -> Iterator[Problem]:
-    if not job.emulated:
-        return
-    for option, emulated in NOT_EMULATED.get(job.recipe.name, {}).items():
-        value = getattr(job.recipe, option)
-        if value != emulated:
-            yield Problem(
-                message=f"fp8_recipe.{option}={value} is not emulated: it can be configured, and runs on a "
-                "GPU.",
-                key=f"fp8_recipe.{option}",
-                value=value,
-                fix=f"Set fp8_recipe.{option}={emulated}, or run on a GPU.",
-            )
 
 
 @rule("FP8-EMU-003", "error", "a setting of Megatron is not emulated", source="nemo_fp8_recipes/emulation")

@@ -28,12 +28,13 @@ def gemm(
     gelu_in=None,
     grad=False,
     accumulate=False,
+    split_accumulator=True,
     **scales,
 ):
     tag = {FP32: te.DType.kFloat32, BF16: te.DType.kBFloat16}[dtype]
     return tex.generic_gemm(
         a, layout[0] == "T", b, layout[1] == "T", out, quantizer, tag, bias, te.DType.kBFloat16, gelu,
-        gelu_in, grad, torch.empty(0), 0, accumulate, False, **scales,
+        gelu_in, grad, torch.empty(0), 0, accumulate, split_accumulator, **scales,
     )  # fmt: skip
 
 
@@ -64,6 +65,16 @@ def test_accumulation_adds_before_it_rounds(te, tex):
     result = gemm(te, tex, a, b, out=out, dtype=BF16, accumulate=True)[0]
     assert result.data_ptr() == out.data_ptr()
     assert torch.equal(out, exact)
+
+
+def test_block_scaling_on_hopper_rounds_before_it_accumulates(te, tex, hopper):
+    # As the reference in TE's own tests has it: the product is rounded to bf16 by itself, and so is the sum.
+    a, b = (tex.quantize(torch.randn(128, 128), blockwise(te)) for _ in range(2))
+    out = torch.randn(128, 128).to(BF16)
+    product = gemm(te, tex, a, b)[0]
+    twice = product.to(BF16) + out
+    assert not torch.equal(twice, (product + out.float()).to(BF16))
+    assert torch.equal(gemm(te, tex, a, b, out=out.clone(), dtype=BF16, accumulate=True)[0], twice)
 
 
 def test_alpha_and_beta(te, tex):
@@ -183,8 +194,17 @@ def test_formats_that_cublas_does_not_multiply(te, tex, hopper):
     with pytest.raises(RuntimeError, match="compatible scaling modes"):
         gemm(te, tex, tex.quantize(x, mxfp8(te)), tex.quantize(x, tensorwise(te)))
     e5m2 = tex.quantize(x, tensorwise(te, "e5m2"))
-    with pytest.raises(RuntimeError, match="Unable to find suitable cuBLAS GEMM algorithm"):
+    with pytest.raises(
+        RuntimeError, match=r"CUBLAS_STATUS_NOT_SUPPORTED\. Unable to find suitable cuBLAS GEMM"
+    ):
         gemm(te, tex, e5m2, e5m2)
+    rows = tex.quantize(x, blockwise(te))
+    with pytest.raises(RuntimeError, match="Unable to find suitable cuBLAS GEMM algorithm"):
+        gemm(te, tex, rows, square, split_accumulator=False)
+    with pytest.raises(RuntimeError, match="Epilogue requested outside"):
+        gemm(te, tex, rows, square, bias=x[0].to(BF16), gelu=True, gelu_in=x, grad=True)
+    with pytest.raises(RuntimeError, match="unsupported value or parameter was passed"):
+        gemm(te, tex, rows, square, gelu=True, gelu_in=x, grad=True)
     with pytest.raises(RuntimeError, match="Unable to find suitable cuBLAS GEMM algorithm"):
         gemm(te, tex, e5m2, x.to(BF16))
     with pytest.raises(RuntimeError, match="Epilogue requested outside"):

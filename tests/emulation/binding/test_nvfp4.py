@@ -68,6 +68,12 @@ CASES = {
     ),
     "row-scaled": ({"row_scaled_nvfp4": True}, {"row_scaled_nvfp4": True}),
 }
+FOUR_OVER_SIX = {
+    "1x16": {},
+    "16x16, mean square": {"with_2d_quantization": True, "nvfp4_4over6_err_mode": "MSE"},
+    "256": {"nvfp4_e4m3_max": 256},
+    "row-scaled": {"row_scaled_nvfp4": True, "columnwise": False, "nvfp4_e4m3_max": 256},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,6 +105,48 @@ def test_buffers_equal_the_reference(tex, quantizer, reference, case, shape):
     )
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["exact error", "fast error"])
+@pytest.mark.parametrize("case", FOUR_OVER_SIX)
+def test_four_over_six_equals_the_reference(tex, quantizer, reference, monkeypatch, case, fast):
+    monkeypatch.setenv("NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH", str(int(fast)))
+    options = {"nvfp4_use_4over6": True, **FOUR_OVER_SIX[case]}
+    theirs = {name: value for name, value in options.items() if name not in ("with_2d_quantization",)}
+    if options.get("with_2d_quantization"):
+        theirs["quant_tile_shape"] = (16, 16)
+    x = torch.randn(96, 160).bfloat16()
+    x[:16] *= 300.0
+    x[3, 16:32] = 0.0
+    made = quantizer(**options)
+    found = tex.quantize(x, made)
+    expected = reference(**theirs, nvfp4_4over6_err_use_fast_math=fast).quantize(x)
+    assert torch.equal(found._rowwise_data, expected.data)
+    assert torch.equal(found._rowwise_scale_inv[:96, :10], expected.scale.view(torch.uint8))
+    if made.columnwise_usage:
+        assert torch.equal(found._columnwise_data, expected.data_t)
+        assert torch.equal(found._columnwise_scale_inv[:160, :6], expected.scale_t.view(torch.uint8))
+    plain = tex.quantize(
+        x, quantizer(**{name: value for name, value in options.items() if not name.startswith("nvfp4_")})
+    )
+    error, without = ((each.dequantize().double() - x.double()).square().sum() for each in (found, plain))
+    assert error < without
+
+
+def test_four_over_six_refuses_what_its_kernel_does(tex, quantizer):
+    x = torch.randn(64, 64).bfloat16()
+    for options, says in (
+        ({"with_rht": True}, "does not support RHT"),
+        ({"stochastic_rounding": True}, "does not support stochastic rounding"),
+        ({"row_scaled_nvfp4": True}, "not supported with 4over6 mode"),
+        ({"with_2d_quantization": True, "rowwise": False}, "requires rowwise output"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            tex.quantize(x, quantizer(nvfp4_use_4over6=True, **options))
+    made = quantizer()
+    made.nvfp4_e4m3_max = 256
+    with pytest.raises(RuntimeError, match="requires E4M3 max 448"):
+        tex.quantize(x, made)
+
+
 @pytest.mark.parametrize("direction", ["rowwise", "columnwise"])
 def test_one_direction_alone_is_that_of_both(tex, quantizer, direction):
     x = torch.randn(64, 96).bfloat16()
@@ -124,17 +172,14 @@ def test_one_direction_alone_is_that_of_both(tex, quantizer, direction):
     ],
     ids=str,
 )
-def test_scales_are_swizzled_where_the_fused_kernels_write_them_so(tex, quantizer, options, shape, swizzled):
+def test_scales_are_swizzled_by_the_fused_kernels_or_after_them(tex, quantizer, options, shape, swizzled):
     x = torch.randn(shape).bfloat16()
     plain = tex.quantize(x, quantizer(**options))
     for_gemm = quantizer(**options)
     for_gemm.optimize_for_gemm = True
     found = tex.quantize(x, for_gemm)
-    assert found._with_gemm_swizzled_scales is swizzled
-    if not swizzled:
-        assert torch.equal(found._rowwise_scale_inv, plain._rowwise_scale_inv)
-        tex.swizzle_scales_for_gemm_(found)
-        assert found._with_gemm_swizzled_scales
+    assert for_gemm.make_empty(shape, dtype=torch.bfloat16)._with_gemm_swizzled_scales is swizzled
+    assert found._with_gemm_swizzled_scales  # by the kernel, or by a pass of its own
     for name in ("_rowwise_scale_inv", "_columnwise_scale_inv"):
         assert torch.equal(getattr(found, name), swizzled_by_cublas(getattr(plain, name)))
     assert torch.equal(found.dequantize(), plain.dequantize())
@@ -171,8 +216,6 @@ def test_what_tes_kernels_refuse(tex, quantizer):
 
 def test_what_is_not_emulated_names_itself(tex, quantizer, monkeypatch):
     x = torch.ones(32, 32).bfloat16()
-    with pytest.raises(NotImplementedError, match="nvfp4_use_4over6"):
-        tex.quantize(x, quantizer(nvfp4_use_4over6=True))
     monkeypatch.setenv("NVTE_USE_FAST_MATH", "1")
     with pytest.raises(NotImplementedError, match="NVTE_USE_FAST_MATH"):
         tex.quantize(x, quantizer())

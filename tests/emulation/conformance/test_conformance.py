@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from nemo_fp8_recipes.emulation.conformance import __main__ as conformance
 from nemo_fp8_recipes.emulation.conformance.__main__ import main
 from nemo_fp8_recipes.emulation.conformance.plugin import spread
-from nemo_fp8_recipes.emulation.conformance.suite import reason
+from nemo_fp8_recipes.emulation.conformance.suite import Part, reason
 
 TESTS = """
 import pytest, torch
@@ -64,11 +66,19 @@ def test_a_sample_spreads_over_the_parameters_of_every_function() -> None:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("transformer_engine_torch.moe_x is not emulated on a machine", "compiled-only kernel: moe_x"),
+        (
+            "transformer_engine_torch.moe_x is not emulated on a machine without a GPU.",
+            "compiled-only kernel: moe_x",
+        ),
         ("transformer_engine_torch.fused_attn_fwd is not emulated on a machine", "fused attention"),
         ("Tried to instantiate dummy base class CUDAGraph", "CUDA graphs"),
         ("transformer_engine_torch.quantize with NVFP4Quantizer(x=True) is not emulated", None),
         ("AssertionError: Tensor-likes are not equal!", None),
+        (
+            "ValueError: No dot product attention backend is available",
+            None,
+        ),  # unfused attention is plain torch
+        ("ModuleNotFoundError: No module named 'triton'", None),  # it can be installed
     ],
 )
 def test_what_excuses_a_test(message: str, expected: str | None) -> None:
@@ -87,11 +97,51 @@ def test_the_table_tells_passed_failed_and_why_a_gpu_is_needed(
     assert "Passed of those that need no real GPU: 71.4%." in text
     assert "- `test_recipe.py::test_is_wrong`" in text
     assert "arithmetic \\| differs" in text
-    assert "**fused attention**\n\n- `test_recipe.py::test_needs_fused_attention`" in text
-    assert "**CUDA graphs**\n\n- `test_recipe.py::test_needs_a_graph`" in text
-    assert "took more than 1 s" in text
+    assert "**fused attention** (1)\n\n- `test_recipe.py::test_needs_fused_attention`, 1 times" in text
+    assert "**CUDA graphs** (1)\n\n- `test_recipe.py::test_needs_a_graph`, 1 times" in text
+    assert "**takes too long on a CPU**\n\n- `test_recipe.py::test_hangs`" in text
     assert "needs 9 of them" in text
 
     assert main([str(tmp_path / "elsewhere")]) == 2
     assert main([str(tmp_path), "test_recipes.py"]) == 2  # no such file: nothing was run
     assert "is not tests/pytorch of Transformer Engine" in capsys.readouterr().err
+
+
+def test_kept_outcomes_are_those_of_the_same_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_recipe.py").write_text("def test_one():\n    pass\n\n\ndef test_two():\n    pass\n")
+    ran: list[Part] = []
+
+    def run(tests: Path, part: Part, seconds: float) -> list[dict[str, object]]:
+        ran.append(part)
+        return [{"id": "test_recipe.py::test_one", "outcome": "passed", "message": ""}, *extra]
+
+    extra: list[dict[str, object]] = []
+    monkeypatch.setattr(conformance, "_run", run)
+    call = [
+        str(tests),
+        "test_recipe.py",
+        "--keep",
+        str(tmp_path / "kept"),
+        "--output",
+        str(tmp_path / "t.md"),
+    ]
+    assert main(call) == main(call) == 0
+    assert len(ran) == 1
+    main([*call, "--sample", "1"])
+    main([*call, "--sample", "1"])
+    assert [part.sample for part in ran] == [0, 1]
+    (tests / "test_recipe.py").write_text("def test_one():\n    pass\n")  # other tests
+    main([*call, "--sample", "1"])
+    assert len(ran) == 3
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.99" if name == "transformer-engine" else real(name)
+    )
+    extra.append({"id": "test_recipe.py", "outcome": "failed", "message": "stopped after 1 minutes"})
+    main([*call, "--sample", "1"])
+    main([*call, "--sample", "1"])  # what ran out of time is not kept
+    assert len(ran) == 5

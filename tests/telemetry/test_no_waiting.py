@@ -121,7 +121,7 @@ def cheap(recipe: str, modules: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale_codes, "_REPLICAS", {})
+    monkeypatch.setattr(scale_codes, "_HOSTS", ())
 
 
 def fake() -> FakeTensorMode:

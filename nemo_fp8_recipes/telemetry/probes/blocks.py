@@ -19,7 +19,9 @@ in tiles of 128 x 4 (mxfp8 columnwise: of the transposed array), and the index f
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,25 +61,96 @@ _STATS: tuple[tuple[str, Combine], ...] = (
     ("at_min", "max"),
     ("at_max", "max"),
 )
-"""What is read of the scales, `scale_inv_<name>`, and how ranks combine it."""
+"""What is read of the scales, `scale_inv_<name>`, in the order of `distribution`, and how ranks combine it."""
 
 
-class _Scales(NamedTuple):
-    """Scales of one quantised tensor in one direction, waiting for their reduction.
+_Made = tuple[Operand, bool, Any, torch.Size, torch.Size, bool]
+"""One quantised tensor in one direction: operand, whether rowwise, its quantizer, shapes of data and scales,
+whether the scales are swizzled.
+"""
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """What follows from the tensors of one reduction, and the ones before it in the step: the same in every
+    step that quantises the same.
 
     Attributes:
-        slot: which operand.
-        flat: fp32 or uint8 (allocated scales,), a view.
-        grid: (rows, columns) in use and (rows, columns) allocated, and whether they are swizzled, how.
+        made: the tensors.
+        operands: those of the step so far, by slot: operand, whether rowwise, element format, whether the
+            scales are powers of two.
+        slots: of each of `operands`.
+        blocks: of one tensor at most, by slot.
+        lengths: blocks of each of the tensors.
+        slot_of: slot of each of them.
+        cut: positions in `made` of the scales that are sliced out of their padding, with rows and columns.
+        padded: of the others, rows and columns in use and allocated, and how they are swizzled; empty where
+            none has padding.
+        row_slots: slot of every tensor of the step so far.
+        device: index tensors on the device, by name.
     """
 
-    slot: int
-    flat: Tensor
-    grid: tuple[int, int, int, int, str]
+    made: list[_Made]
+    operands: tuple[tuple[Operand, bool, str, bool], ...]
+    slots: dict[tuple[Operand, bool], int]
+    blocks: dict[int, int]
+    lengths: list[int]
+    slot_of: list[int]
+    cut: tuple[tuple[int, int, int], ...]
+    padded: tuple[tuple[int, int, int, int, str], ...]
+    row_slots: list[int]
+    device: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def blocks(self) -> int:
-        return self.grid[0] * self.grid[1]
+    @classmethod
+    def of(cls, recipe: str, made: list[_Made], before: _Reduction | None) -> _Reduction:
+        slots = dict(before.slots) if before is not None else {}
+        operands = list(before.operands) if before is not None else []
+        blocks = dict(before.blocks) if before is not None else {}
+        lengths, slot_of, cut, grids = [], [], [], []
+        for position, (operand, rowwise, quantizer, data, scale, swizzled) in enumerate(made):
+            slot = slots.get((operand, rowwise))
+            if slot is None:
+                slot = slots[operand, rowwise] = len(operands)
+                power_of_two = bool(getattr(quantizer, "force_pow_2_scales", True))
+                operands.append((operand, rowwise, element_format(quantizer), power_of_two))
+            grid = _grid(recipe, quantizer, data, scale, rowwise, swizzled)
+            rows, columns, all_rows, all_columns, swizzle = grid
+            if not swizzle and _INDEXED_BLOCKS < rows * columns < all_rows * all_columns:
+                cut.append((position, rows, columns))
+                grid = (rows, columns, rows, columns, swizzle)
+            grids.append(grid)
+            lengths.append(rows * columns)
+            slot_of.append(slot)
+            blocks[slot] = max(blocks.get(slot, 0), rows * columns)
+        padded = any(
+            rows * columns != all_rows * all_columns for rows, columns, all_rows, all_columns, _ in grids
+        )
+        return cls(
+            made,
+            tuple(operands),
+            slots,
+            blocks,
+            lengths,
+            slot_of,
+            tuple(cut),
+            tuple(grids) if padded else (),
+            [*(before.row_slots if before is not None else ()), *slot_of],
+        )
+
+    def on(self, device: torch.device, name: str, make: Callable[[], np.ndarray]) -> Tensor:
+        """What `make` returns, on the device; uploaded once."""
+        tensor = self.device.get(name)
+        if tensor is None:
+            tensor = self.device[name] = torch.from_numpy(make()).to(device, non_blocking=True)
+        return tensor
+
+    def kept(self) -> list[int]:
+        """Slots that are read: the columnwise ones only of what was never quantised rowwise."""
+        return [
+            slot
+            for slot, (operand, rowwise, _, _) in enumerate(self.operands)
+            if rowwise or (operand, True) not in self.slots
+        ]
 
 
 class BlockProbe(Probe):
@@ -92,38 +165,29 @@ class BlockProbe(Probe):
         self._indices = indices
         self._recipe = recipe
         self._format = _FORMATS[recipe]
+        self._known: list[_Reduction] = []
+        """The reductions of the last step, in order."""
         self.begin()
 
     def begin(self) -> None:
-        self._slots: dict[tuple[Operand, bool], int] = {}
-        self._operands: list[tuple[Operand, bool, str, bool]] = []
-        self._waiting: list[_Scales] = []
+        self._made: list[_Made] = []
+        self._waiting: list[Tensor] = []
         self._waiting_blocks = 0
+        self._reduced: list[_Reduction] = []
         self._counts: list[Tensor] = []
         self._rows: list[Tensor] = []
-        self._row_slots: list[int] = []
-        self._blocks: dict[int, int] = {}
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
-        rowwise = tensor._rowwise_scale_inv is not None
-        scale = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
-        if scale is None or scale.numel() == 0:
+        rowwise, scale, data = True, tensor._rowwise_scale_inv, tensor._rowwise_data
+        if scale is None:
+            rowwise, scale, data = False, tensor._columnwise_scale_inv, tensor._columnwise_data
+        if scale is None or not (blocks := scale.numel()):
             return  # an expert that got no token
-        slot = self._slots.get((operand, rowwise))
-        if slot is None:
-            slot = self._slots[operand, rowwise] = len(self._operands)
-            power_of_two = bool(getattr(quantizer, "force_pow_2_scales", True))
-            self._operands.append((operand, rowwise, element_format(quantizer), power_of_two))
-        grid = self._grid(quantizer, tensor, scale, rowwise)
-        rows, columns, all_rows, all_columns, swizzle = grid
-        scale = scale.detach()
-        if not swizzle and _INDEXED_BLOCKS < rows * columns < all_rows * all_columns:
-            scale = scale[:rows, :columns]
-            grid = (rows, columns, rows, columns, swizzle)
-        scales = _Scales(slot, scale.reshape(-1), grid)
-        self._blocks[slot] = max(self._blocks.get(slot, 0), scales.blocks)
-        self._waiting.append(scales)
-        self._waiting_blocks += scales.flat.numel()
+        swizzled = getattr(tensor, "_with_gemm_swizzled_scales", False)
+        self._made.append((operand, rowwise, quantizer, data.shape, scale.shape, swizzled))
+        # An alias, because Transformer Engine empties the attributes of saved tensors.
+        self._waiting.append(scale.detach())
+        self._waiting_blocks += blocks
         if self._waiting_blocks >= _CHUNK_BLOCKS:
             self._reduce()
 
@@ -135,89 +199,94 @@ class BlockProbe(Probe):
         self.settle()
         if not self._counts:
             return None
-        size = len(self._operands)
+        last = self._reduced[-1]
         counts = self._counts[-1]
         for earlier in self._counts[:-1]:  # more operands were known at the later ones
             counts[: earlier.shape[0]] += earlier
-        read = self._format.distribution(counts, self._indices)
-        if self._rows:
-            read.update(self._exact(size))
-        kept = [
-            slot
-            for slot, (operand, rowwise, _, _) in enumerate(self._operands)
-            if rowwise or (operand, True) not in self._slots
-        ]
-        blocks = self._indices.on(counts.device, [self._blocks[slot] for slot in range(size)])
-        table = torch.stack([*(read[name] for name, _ in _STATS), blocks.to(torch.float64)])
-        values = table.index_select(1, self._indices.on(table.device, kept)).reshape(-1).to(torch.float32)
-        specs = _specs(self._recipe, tuple(self._operands[slot] for slot in kept))
+        device = counts.device
+        blocks = last.on(device, "blocks", lambda: np.asarray([*last.blocks.values()], dtype=np.float64))
+        exact = self._exact(last) if self._rows else None
+        table = self._format.distribution(counts, self._indices, exact=exact, more=blocks)
+        kept = last.kept()
+        if len(kept) != len(last.operands):
+            table = table.index_select(1, last.on(device, "kept", lambda: np.asarray(kept, dtype=np.int64)))
+        specs = _specs(self._recipe, tuple(last.operands[slot] for slot in kept))
         self.begin()
-        return Reading(specs, values)
+        return Reading(specs, table.reshape(-1).float())
 
-    def _exact(self, size: int) -> dict[str, Tensor]:
-        """What fp32 scales have beyond their exponents, for they need not be powers of two; fp64 (size,)."""
+    def _exact(self, last: _Reduction) -> tuple[Tensor, Tensor]:
+        """What fp32 scales have beyond their exponents, for they need not be powers of two: largest and
+        smallest, mean and root mean square; fp64 (operands, 2) each.
+        """
         rows = torch.cat(self._rows)  # (tensors, 5): maximum, minimum, sum, sum of squares, number
-        slots = self._indices.on(rows.device, self._row_slots)
+        size = len(last.operands)
+        slots = last.on(rows.device, "row_slots", lambda: np.asarray(last.row_slots, dtype=np.int64))
         largest = rows.new_full((size,), -torch.inf).scatter_reduce_(0, slots, rows[:, 0], "amax")
         smallest = rows.new_full((size,), torch.inf).scatter_reduce_(0, slots, rows[:, 1], "amin")
         sums = rows.new_zeros((size, 3)).index_add_(0, slots, rows[:, 2:])
         mean = sums[:, :2] / sums[:, 2:]
-        return {"max": largest, "min": smallest, "mean": mean[:, 0], "rms": mean[:, 1].sqrt()}
-
-    def _grid(
-        self, quantizer: Any, tensor: Any, scale: Tensor, rowwise: bool
-    ) -> tuple[int, int, int, int, str]:
-        """Scales in use and allocated, from the shape of the data."""
-        swizzle = ""
-        if self._recipe == "nvfp4":
-            # Two codes a byte; columnwise data is stored transposed, so the same rule serves both directions.
-            data = tensor._rowwise_data if rowwise else tensor._columnwise_data
-            used = (data.numel() // data.shape[-1], -(-data.shape[-1] // 8))
-            if getattr(tensor, "_with_gemm_swizzled_scales", False):
-                swizzle = "rowwise"
-        elif self._recipe == "mxfp8":
-            data = tensor._rowwise_data if rowwise else tensor._columnwise_data
-            leading, last = data.numel() // data.shape[-1], data.shape[-1]
-            used = (leading, -(-last // 32)) if rowwise else (-(-leading // 32), last)
-            if getattr(tensor, "_with_gemm_swizzled_scales", False):
-                swizzle = "rowwise" if rowwise else "columnwise"
-        else:
-            # Columnwise data is stored transposed, so the same rule serves both directions.
-            data = tensor._rowwise_data if rowwise else tensor._columnwise_data
-            if rowwise:
-                leading, last = data.numel() // data.shape[-1], data.shape[-1]
-            else:
-                leading, last = data.shape[0], data.numel() // data.shape[0]
-            rows, columns = -(-leading // 128), -(-last // 128)
-            used = (rows, columns) if quantizer.block_scaling_dim == 2 else (columns, leading)
-        return (*used, scale.shape[0], scale.shape[1], swizzle)
+        mean[:, 1].sqrt_()
+        return torch.stack([largest, smallest], dim=1), mean
 
     def _reduce(self) -> None:
         """Counts of the scales of every waiting tensor, in one pass over all of them."""
-        waiting, self._waiting, self._waiting_blocks = self._waiting, [], 0
-        flat = torch.cat([scales.flat for scales in waiting])
-        if any(scales.flat.numel() != scales.blocks for scales in waiting):
-            grids = tuple((scales.grid, scales.flat.numel()) for scales in waiting)
-            index = self._indices.made(flat.device, grids, lambda: _positions(waiting))
+        plan = self._planned()
+        waiting, self._waiting, self._made, self._waiting_blocks = self._waiting, [], [], 0
+        for position, rows, columns in plan.cut:
+            waiting[position] = waiting[position][:rows, :columns]
+        flat = torch._C._nn.flatten_dense_tensors(waiting)
+        if plan.padded:
+            index = plan.on(flat.device, "positions", lambda: _positions(plan.padded))
             flat = flat.index_select(0, index)
-        lengths, slots = [scales.blocks for scales in waiting], [scales.slot for scales in waiting]
         if flat.dtype == torch.float32:
-            self._reduce_exactly(flat, lengths, slots)
+            self._reduce_exactly(flat, plan)
             codes = flat.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
         else:
-            codes = flat.to(torch.int32)
-        self._counts.append(histogram(codes, lengths, slots, len(self._operands), self._indices))
+            codes = flat
+        self._counts.append(histogram(codes, plan.lengths, plan.slot_of, len(plan.operands), plan.on))
+        self._reduced.append(plan)
 
-    def _reduce_exactly(self, flat: Tensor, lengths: list[int], slots: list[int]) -> None:
+    def _planned(self) -> _Reduction:
+        number = len(self._reduced)
+        if number >= len(self._known) or self._known[number].made != self._made:
+            before = self._reduced[-1] if self._reduced else None
+            self._known[number:] = [_Reduction.of(self._recipe, self._made, before)]
+        return self._known[number]
+
+    def _reduce_exactly(self, flat: Tensor, plan: _Reduction) -> None:
         """Maximum, minimum, sum, sum of squares and number of the fp32 scales of each waiting tensor."""
-        exact = flat.to(torch.float64)
-        index = self._indices.on(flat.device, lengths)
+        exact = flat.double()
+        index = plan.on(flat.device, "lengths", lambda: np.asarray(plan.lengths, dtype=np.int64))
         columns = [
             torch.segment_reduce(data, reduce, lengths=index, unsafe=True)
             for reduce, data in (("max", exact), ("min", exact), ("sum", exact), ("sum", exact.square()))
         ]
-        self._rows.append(torch.stack([*columns, index.to(torch.float64)], dim=1))
-        self._row_slots.extend(slots)
+        self._rows.append(torch.stack([*columns, index.double()], dim=1))
+
+
+def _grid(
+    recipe: str, quantizer: Any, data: torch.Size, scale: torch.Size, rowwise: bool, swizzled: bool
+) -> tuple[int, int, int, int, str]:
+    """Rows and columns of scales in use and allocated, from the shapes, and how they are swizzled."""
+    swizzle = ""
+    if recipe == "nvfp4":
+        # Two codes a byte; columnwise data is stored transposed, so the same rule serves both directions.
+        used = (data.numel() // data[-1], -(-data[-1] // 8))
+        swizzle = "rowwise" if swizzled else ""
+    elif recipe == "mxfp8":
+        leading, last = data.numel() // data[-1], data[-1]
+        used = (leading, -(-last // 32)) if rowwise else (-(-leading // 32), last)
+        if swizzled:
+            swizzle = "rowwise" if rowwise else "columnwise"
+    else:
+        # Columnwise data is stored transposed, so the same rule serves both directions.
+        if rowwise:
+            leading, last = data.numel() // data[-1], data[-1]
+        else:
+            leading, last = data[0], data.numel() // data[0]
+        rows, columns = -(-leading // 128), -(-last // 128)
+        used = (rows, columns) if quantizer.block_scaling_dim == 2 else (columns, leading)
+    return (*used, scale[0], scale[1], swizzle)
 
 
 @functools.lru_cache(maxsize=16)
@@ -234,12 +303,12 @@ def _specs(recipe: str, operands: tuple[tuple[Operand, bool, str, bool], ...]) -
     )
 
 
-def _positions(waiting: list[_Scales]) -> np.ndarray:
+def _positions(grids: Sequence[tuple[int, int, int, int, str]]) -> np.ndarray:
     """Positions of the scales in use within the concatenation of all allocated ones, int64."""
     parts, start = [], 0
-    for scales in waiting:
-        parts.append(unpadded_positions(*scales.grid) + start)
-        start += scales.flat.numel()
+    for grid in grids:
+        parts.append(unpadded_positions(*grid) + start)
+        start += grid[2] * grid[3]
     return np.concatenate(parts)
 
 

@@ -12,7 +12,7 @@ exactly for E8M0 and E4M3, and for fp32 scales that are powers of two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,10 @@ __all__ = ["CODES", "E4M3_SCALES", "E8M0_SCALES", "FP32_SCALES", "PERCENTILES", 
 CODES = 256
 PERCENTILES = (1, 50, 99)
 
-_REPLICAS = {"cpu": 1}
-_REPLICAS_ELSEWHERE = 32
+_HOSTS = ("cpu",)
+"""Devices on which counting waits for nothing, as they are the host."""
+
+_REPLICAS = 32
 """Copies of the histogram on a GPU: neighbouring threads, whose scales are alike, add to different ones."""
 
 
@@ -47,86 +49,110 @@ class ScaleFormat:
     largest: int
     zero_is_empty: bool
 
-    def table(self, device: torch.device, indices: IndexCache) -> Tensor:
-        """`values` on the device, uploaded once; 0 in place of Inf: products with counts are then finite."""
-        finite = np.asarray(self.values)
-        finite = np.where(np.isfinite(finite), finite, 0.0)
-        return indices.on(device, finite.view(np.int64)).view(torch.float64)
-
-    def distribution(self, counts: Tensor, indices: IndexCache) -> dict[str, Tensor]:
+    def distribution(
+        self,
+        counts: Tensor,
+        indices: IndexCache,
+        *,
+        more: Tensor,
+        exact: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Statistics of the scales behind `counts`.
 
         Args:
             counts: int64 (operands, 256).
+            more: fp64 (operands,), put behind the statistics.
+            exact: (largest, smallest) and (mean, root mean square), fp64 (operands, 2) each, where they are
+                known better than from the codes.
 
         Returns:
-            fp64 (operands,) each: max, min, mean, rms, one p<percentile> per percentile, at_min and at_max.
-            Empty blocks count for at_min only; without any other block the rest is 0. A scale that is no
-            number makes max, mean and rms Inf. Percentiles are nearest-rank: the smallest scale that at least
-            that share of the scales does not exceed.
+            fp64 (6 + len(PERCENTILES) + 1, operands): max, min, mean, rms, the percentiles, at_min, at_max
+            and `more`. Empty blocks count for at_min only; without any other block the rest is 0. A scale
+            that is no number makes max, mean and rms Inf. Percentiles are nearest-rank: the smallest scale
+            that at least that share of the scales does not exceed.
         """
         device = counts.device
-        values = self.table(device, indices)
-        used = counts[:, 1:] if self.zero_is_empty else counts
-        values = values[CODES - used.shape[1] :]
-        number = used.sum(dim=1)
-        cumulative = used.cumsum(dim=1)
-        weights = used.to(torch.float64)
-        sums = weights @ torch.stack([values, values.square()], dim=1)
-        # Ranks among the scales, from 1: the first, the last, and each percentile's, rounded up.
-        ranks = (number[:, None] * indices.on(device, PERCENTILES) + 99).div(100, rounding_mode="floor")
-        wanted = torch.cat([torch.ones_like(number)[:, None], number[:, None], ranks], dim=1)
-        place = (cumulative[:, None, :] < wanted[:, :, None]).sum(dim=2).clamp_max(used.shape[1] - 1)
-        found = values[place]
-        infinite = place >= self.not_finite - (CODES - used.shape[1])
-        found = torch.where(infinite, torch.inf, found)
-        some = number > 0
-        found = torch.where(some[:, None], found, 0.0)
-        mean_and_square = torch.where(some[:, None], sums / number[:, None], 0.0)
-        mean_and_square = torch.where(infinite[:, 1:2], torch.inf, mean_and_square)
-        everything = counts.sum(dim=1)
-        ends = torch.stack([counts[:, 0], counts[:, self.largest :].sum(dim=1)], dim=1) / everything[:, None]
-        return {
-            "max": found[:, 1],
-            "min": found[:, 0],
-            "mean": mean_and_square[:, 0],
-            "rms": mean_and_square[:, 1].sqrt(),
-            **{f"p{percentile:02d}": found[:, 2 + i] for i, percentile in enumerate(PERCENTILES)},
-            "at_min": ends[:, 0],
-            "at_max": ends[:, 1],
-        }
+        cumulative = counts.cumsum(dim=1)
+        everything, lowest = cumulative[:, -1:], cumulative[:, :1]
+        number = everything - lowest if self.zero_is_empty else everything
+        # Ranks among the scales, from 1: the last, the first, and each percentile's, rounded up.
+        factor, summand = indices.made(device, "ranks", _rank_terms)
+        wanted = torch.addcmul(summand, number, factor).floor_divide_(100)
+        if self.zero_is_empty:
+            wanted += lowest  # behind the empty blocks, whose code is the first
+        place = torch.searchsorted(cumulative, wanted).clamp_max_(CODES - 1)
+        found = self._table(device, indices, "values").take(place)
+        if self.zero_is_empty:
+            found = torch.where(number > 0, found, 0.0)
+        if exact is None:
+            used = counts[:, 1:] if self.zero_is_empty else counts
+            sums = used.double() @ self._table(device, indices, "moments")[CODES - used.shape[1] :]
+            mean = torch.where(found[:, :1].isinf(), torch.inf, sums / number.clamp_min(1))
+            mean[:, 1].sqrt_()
+            ends = found[:, :2]
+        else:
+            ends, mean = exact
+        largest = everything - cumulative[:, self.largest - 1 : self.largest]
+        shares = torch.cat([lowest, largest], dim=1) / everything
+        return torch.cat([ends, mean, found[:, 2:], shares, more[:, None]], dim=1).t()
+
+    def _table(self, device: torch.device, indices: IndexCache, name: str) -> Tensor:
+        """What each code stands for, on the device; uploaded once. "values" is fp64 (256,), "moments" is fp64
+        (256, 2): it and its square, 0 in place of Inf, as products with counts are then finite.
+        """
+        key = (name, self.not_finite)  # the formats with the same one have the same values
+        return indices.made(device, key, lambda: self._made(name).view(np.int64)).view(torch.float64)
+
+    def _made(self, name: str) -> np.ndarray:
+        values = np.asarray(self.values)
+        if name == "values":
+            return values
+        finite = np.where(np.isfinite(values), values, 0.0)
+        return np.stack([finite, np.square(finite)], axis=1)
+
+
+def _rank_terms() -> np.ndarray:
+    """(factor, summand): floor((number x factor + summand) / 100) is the rank of the last, the first and each
+    percentile.
+    """
+    factors = [100, 0, *PERCENTILES]
+    return np.asarray([factors, [99, 100, *[99] * len(PERCENTILES)]], dtype=np.int64)
 
 
 def histogram(
-    codes: Tensor, segments: Sequence[int], slots: Sequence[int], size: int, indices: IndexCache
+    codes: Tensor,
+    segments: Sequence[int],
+    slots: Sequence[int],
+    size: int,
+    on: Callable[[torch.device, str, Callable[[], np.ndarray]], Tensor],
 ) -> Tensor:
     """Counts of the codes of every operand.
 
     Args:
-        codes: int32 (n,), below 256, the segments one after the other.
+        codes: uint8 or int32 (n,), below 256, the segments one after the other.
         segments: length of each segment.
         slots: operand of each segment.
         size: operands.
+        on: gives what a function returns as a tensor on the device; by name, made once for these segments.
 
     Returns:
         int64 (size, 256).
     """
     device = codes.device
-    replicas = _REPLICAS.get(device.type, _REPLICAS_ELSEWHERE)
-    if device.type == "cpu":  # elsewhere the memory of what is kept would count, and a kernel does not
-        key = ("histogram", tuple(slots), tuple(segments))
-        start = indices.made(device, key, lambda: np.repeat(np.asarray(slots, np.int64) * CODES, segments))
-        slot = start + codes
-    else:
-        slot = torch.repeat_interleave(
-            indices.on(device, slots), indices.on(device, segments), output_size=codes.numel()
-        )
-        position = torch.arange(codes.numel(), device=device)
-        slot = slot.mul_(replicas).add_(position.bitwise_and_(replicas - 1))
-        slot = slot.mul_(CODES).add_(codes)
-    counts = torch.zeros(size * replicas * CODES, dtype=torch.int32, device=device)
+    if device.type in _HOSTS:  # elsewhere the memory of what is kept would count, and a kernel does not
+        start = on(device, "start", lambda: np.repeat(np.asarray(slots, np.int32) * CODES, segments))
+        return torch.bincount(start + codes, minlength=size * CODES).view(size, CODES)
+    slot = torch.repeat_interleave(
+        on(device, "slots", lambda: np.asarray(slots, np.int64)),
+        on(device, "segments", lambda: np.asarray(segments, np.int64)),
+        output_size=codes.numel(),
+    )
+    position = torch.arange(codes.numel(), device=device)
+    slot = slot.mul_(_REPLICAS).add_(position.bitwise_and_(_REPLICAS - 1))
+    slot = slot.mul_(CODES).add_(codes)
+    counts = torch.zeros(size * _REPLICAS * CODES, dtype=torch.int32, device=device)
     counts.index_add_(0, slot, torch.ones((), dtype=torch.int32, device=device).expand(codes.numel()))
-    return counts.view(size, replicas, CODES).sum(dim=1)
+    return counts.view(size, _REPLICAS, CODES).sum(dim=1)
 
 
 def _e8m0() -> tuple[float, ...]:

@@ -7,6 +7,7 @@ keeps scale and history of the same slots in `module.fp8_meta` (`transformer_eng
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,13 +79,27 @@ class Linear:
         for the micro-batches of a step. A module that does neither quantises its weight in every forward.
         """
         module = self.module
-        for name in (f"fc{self.gemm + 1}_weight", f"weight{self.gemm}", "weight"):
-            parameter = getattr(module, name, None)
-            if derives_from(parameter, "transformer_engine", "QuantizedTensorStorage"):
+        # Not by getattr, which for a module's parameters fails first, and for its absent ones twice.
+        parameters, others, copies = module._parameters, vars(module), module._fp8_workspaces
+        for name in self._weight_names:
+            parameter = parameters.get(name)
+            if parameter is None:
+                parameter = others.get(name)
+            if parameter is not None and derives_from(
+                parameter, "transformer_engine", "QuantizedTensorStorage"
+            ):
                 return parameter
-            if name in module._fp8_workspaces:
-                return module._fp8_workspaces[name]
+            if name in copies:
+                return copies[name]
         return None
+
+    @functools.cached_property
+    def _weight_names(self) -> tuple[str, ...]:
+        return f"fc{self.gemm + 1}_weight", f"weight{self.gemm}", "weight"
+
+    @functools.cached_property
+    def weight_operand(self) -> Operand:
+        return Operand(self.path, "weight")
 
     @property
     def primary(self) -> bool:

@@ -23,7 +23,7 @@ from nemo_fp8_recipes.telemetry.probes import (
 )
 from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
-from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam, is_quantized, is_quantizer
+from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam, any_quantized, is_quantized, is_quantizer
 from nemo_fp8_recipes.telemetry.series import TENSORS
 from nemo_fp8_recipes.telemetry.sources import sources
 from nemo_fp8_recipes.telemetry.whatif import WhatIf
@@ -91,10 +91,14 @@ class Observer:
         self.whatif = WhatIf(whatif, indices, rank=rank, ranks=ranks)
         self._operands: dict[int, _Known] = {}
         self._weights: dict[int, _Known] = {}
+        self._quantizers: list[list[Any]] = []
+        """Those of the modules when `_operands` was made of them."""
         self._strangers: dict[int, Any] = {}
         self._seen: set[Operand] = set()
         self._measured: set[Operand] = set()
         self._primary_read = False
+        self._weight_owners: dict[bool, list[Linear]] = {}
+        """The linears that are quantised in this step, by whether their parameter itself is."""
         self._stats = False
         self._graphed: tuple[frozenset[int], frozenset[int]] | None = None
         """Modules of which nothing was seen when last there were any, and those of them that run as CUDA
@@ -174,6 +178,8 @@ class Observer:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             given = (*args, *kwargs.values())
+            if not self._rereads and self._quantised_one(given, result):
+                return result
             pairs = _made(given, result)
             if not pairs:
                 return result
@@ -183,11 +189,10 @@ class Observer:
                 if known is not None and self._counts(known):
                     # A tensor that is written again is a weight or a parameter, and its scale is read where
                     # it is kept.
-                    again = any(map(is_quantized, given))
-                    made.append(_Made(known.operand, quantizer, tensor, again, position))
+                    made.append(_Made(known.operand, quantizer, tensor, any_quantized(given), position))
             for one in made:
-                self._quantised(one)
-            if not (self._stats or self.whatif.chosen):
+                self._quantised(one.operand, one.quantizer, one.tensor, written_again=one.written_again)
+            if not self._rereads:
                 return result
             reread = [one for one in made if self._is_reread(one.operand)]
             if reread:
@@ -199,6 +204,37 @@ class Observer:
 
         return call
 
+    @property
+    def _rereads(self) -> bool:
+        """Whether tensors are read again in this step."""
+        return self._stats or bool(self.whatif.chosen)
+
+    def _quantised_one(self, given: Sequence[Any], result: Any) -> bool:
+        """Take in a call that made one tensor with a quantizer that is known, as most do; False: the call is
+        another one. It runs between Transformer Engine's kernels, where all that it touches is out of the
+        caches: so it does as little as it can.
+        """
+        operands, strangers = self._operands, self._strangers
+        for quantizer in given:
+            known = operands.get(id(quantizer))
+            if known is not None:
+                break
+            if strangers.get(id(quantizer)) is quantizer:
+                return True
+        else:
+            return False
+        tensor = result
+        if isinstance(result, (tuple, list)):
+            made = [item for item in result if is_quantized(item)]
+            if len(made) != 1:
+                return False
+            tensor = made[0]
+        elif not is_quantized(result):
+            return False
+        if self._counts(known):
+            self._quantised(known.operand, quantizer, tensor, written_again=any_quantized(given))
+        return True
+
     def _counts(self, known: _Known) -> bool:
         """Whether this is the operand's own pass through a training step, no evaluation and no repetition."""
         if known.operand.tensor == "grad_output":
@@ -208,16 +244,16 @@ class Observer:
         in_backward = torch._C._current_graph_task_id() != -1
         return not (in_backward and known.operand in self._seen)
 
-    def _quantised(self, made: _Made) -> None:
-        self._seen.add(made.operand)
-        probe = self._by_quantizer.get(type(made.quantizer).__name__)
-        if probe is None or made.written_again:
+    def _quantised(self, operand: Operand, quantizer: Any, tensor: Any, *, written_again: bool) -> None:
+        self._seen.add(operand)
+        probe = self._by_quantizer.get(type(quantizer).__name__)
+        if probe is None or written_again:
             return
-        if made.operand.tensor == "grad_output" and not self._primary_read:
+        if not self._primary_read and operand.tensor == "grad_output":
             # The first backward pass: every forward pass has begun on this rank, and the optimizer, which
             # writes quantised parameters anew, has not run.
             self._read_weights(primary=True)
-        probe.quantised(made.operand, made.quantizer, made.tensor)
+        probe.quantised(operand, quantizer, tensor)
 
     def _is_reread(self, operand: Operand) -> bool:
         """Whether the tensor itself is read: a weight once a step, as it does not change within one."""
@@ -251,18 +287,26 @@ class Observer:
         return None
 
     def _know_quantizers(self) -> None:
-        known, self._operands = self._operands, {}
-        for linear in self._linears:
-            for tensor, quantizer in linear.quantizers():
-                one = known.get(id(quantizer))
-                if one is None or one.kept is not quantizer or one.operand != (linear.path, tensor):
-                    one = _Known(quantizer, linear, Operand(linear.path, tensor))
-                self._operands[id(quantizer)] = one
+        lists = [
+            quantizers
+            for linear in self._linears
+            for quantizers in (
+                linear.module.quantizers["scaling_fwd"],
+                linear.module.quantizers["scaling_bwd"],
+            )
+        ]
+        if lists != self._quantizers:
+            self._quantizers = [list(quantizers) for quantizers in lists]
+            self._operands = {
+                id(quantizer): _Known(quantizer, linear, Operand(linear.path, tensor))
+                for linear in self._linears
+                for tensor, quantizer in linear.quantizers()
+            }
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
         self._weights = {}
-        if self._stats or self.whatif.chosen:
+        if self._rereads:
             self._weights = {
-                id(weight): _Known(weight, linear, Operand(linear.path, "weight"))
+                id(weight): _Known(weight, linear, linear.weight_operand)
                 for linear in self._linears
                 if not linear.primary and (weight := linear.weight()) is not None
             }
@@ -273,12 +317,12 @@ class Observer:
         was read, and `graphed` all of a module that runs as a CUDA graph: of it there is what Transformer
         Engine keeps in its buffers (delayed scaling's state, cached weights) and nothing else.
         """
-        unseen = []
-        for linear in self._linears:
-            if linear.module.fp8 and linear.module.training:
-                quantizers = dict(linear.quantizers())
-                if not any(Operand(linear.path, tensor) in self._seen for tensor in quantizers):
-                    unseen.append((linear, quantizers))
+        seen = {operand.module for operand in self._seen}
+        unseen = [
+            (linear, dict(linear.quantizers()))
+            for linear in self._linears
+            if linear.path not in seen and linear.module.fp8 and linear.module.training
+        ]
         if not unseen:
             return None
         read = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
@@ -302,12 +346,16 @@ class Observer:
     def _read_weights(self, *, primary: bool) -> None:
         """Weights that stay quantised over the step: parameters, or the copies kept for its micro-batches."""
         found = False
-        for linear in self._linears:
-            if not linear.module.fp8 or linear.primary is not primary:
-                continue
+        if primary:
+            # Nothing of it changes within a step.
+            self._weight_owners = {True: [], False: []}
+            for linear in self._linears:
+                if linear.module.fp8:
+                    self._weight_owners[linear.primary].append(linear)
+        for linear in self._weight_owners[primary]:
             weight = linear.weight()
             quantizer = getattr(weight, "_quantizer", None)
-            operand = Operand(linear.path, "weight")
+            operand = linear.weight_operand
             if primary and quantizer is not None and self._is_reread(operand):
                 self._reread_primary(_Made(operand, quantizer, weight, False, 0))
             probe = self._by_quantizer.get(type(quantizer).__name__)

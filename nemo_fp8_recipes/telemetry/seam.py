@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
 
-__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer"]
+__all__ = ["QUANTISING", "BindingSeam", "any_quantized", "is_quantized", "is_quantizer"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -47,6 +47,24 @@ QUANTISING = (
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+class _Places(NamedTuple):
+    """Where the functions are bound. Looked for once, and again when modules were imported or functions
+    replaced.
+
+    Attributes:
+        modules: number of loaded modules.
+        originals: the functions; None for those that this release lacks.
+        places: module, name in it, the function, and what takes its place.
+    """
+
+    modules: int
+    originals: list[Any]
+    places: list[tuple[Any, str, Any, Any]]
+
+    def stale(self, originals: list[Any]) -> bool:
+        return len(sys.modules) != self.modules or originals != self.originals
+
+
 class BindingSeam:
     """Puts wrappers around functions of Transformer Engine while open.
 
@@ -61,7 +79,7 @@ class BindingSeam:
         self._undo: list[tuple[Any, str, Any]] = []
         self._open = False
         self._capture_flags: tuple[Callable[[], bool], ...] = ()
-        self._found: tuple[Any, list[tuple[Any, str]]] | None = None
+        self._found: _Places | None = None
 
     @property
     def is_open(self) -> bool:
@@ -76,36 +94,36 @@ class BindingSeam:
         import transformer_engine.pytorch.quantization as quantization
         import transformer_engine_torch as binding
 
+        originals = [vars(binding).get(name) for name in self._wrappers]
+        originals += [vars(quantization).get(name) for name in self._python]
+        if self._found is None or self._found.stale(originals):
+            self._found = self._look(binding, quantization, originals)
+        for module, attribute, original, replacement in self._found.places:
+            if vars(module).get(attribute) is original:
+                self._undo.append((module, attribute, original))
+                setattr(module, attribute, replacement)
+
+    def _look(self, binding: Any, quantization: Any, originals: list[Any]) -> _Places:
+        """Names that are bound to one of the functions: `from transformer_engine_torch import *` in
+        cpp_extensions, and the like, made names of their own.
+        """
         replacements = {}
         for name, wrapper in self._wrappers.items():
             original = vars(binding).get(name)
             if original is not None:
                 replacements[id(original)] = (original, self._guarded(original, wrapper))
-        for module, attribute in self._places(replacements):
-            original, replacement = replacements.get(id(vars(module).get(attribute)), (None, None))
-            if original is not None and vars(module)[attribute] is original:
-                self._set(module, attribute, replacement)
+        places = [
+            (module, attribute, *replacements[id(value)])
+            for name, module in list(sys.modules.items())
+            if module is not None and name.startswith("transformer_engine")
+            for attribute, value in list(vars(module).items())
+            if id(value) in replacements
+        ]
         for name, wrapper in self._python.items():
             original = vars(quantization).get(name)
             if original is not None:
-                self._set(quantization, name, self._guarded(original, wrapper))
-
-    def _places(self, originals: Mapping[int, Any]) -> list[tuple[Any, str]]:
-        """Names that are bound to one of the functions: `from transformer_engine_torch import *` in
-        cpp_extensions, and the like, made names of their own. Looked for once, and again when modules were
-        imported or functions of the binding replaced.
-        """
-        state = (len(sys.modules), frozenset(originals))
-        if self._found is None or self._found[0] != state:
-            places = [
-                (module, attribute)
-                for name, module in list(sys.modules.items())
-                if module is not None and name.startswith("transformer_engine")
-                for attribute, value in list(vars(module).items())
-                if id(value) in originals
-            ]
-            self._found = (state, places)
-        return self._found[1]
+                places.append((quantization, name, original, self._guarded(original, wrapper)))
+        return _Places(len(sys.modules), originals, places)
 
     def close(self) -> None:
         """Put every original back."""
@@ -113,10 +131,6 @@ class BindingSeam:
         while self._undo:
             module, attribute, value = self._undo.pop()
             setattr(module, attribute, value)
-
-    def _set(self, module: Any, attribute: str, value: Any) -> None:
-        self._undo.append((module, attribute, getattr(module, attribute)))
-        setattr(module, attribute, value)
 
     def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
         """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
@@ -135,7 +149,16 @@ class BindingSeam:
 
     def _warming_up(self) -> bool:
         """Whether Transformer Engine or Megatron says that it is making a CUDA graph."""
-        return any(flag() for flag in self._capture_flags)
+        for flag in self._capture_flags:  # noqa: SIM110 - no generator: this runs at every quantising call
+            if flag():
+                return True
+        return False
+
+
+def any_quantized(values: Iterable[object]) -> bool:
+    """Whether one of `values` is a quantised tensor of Transformer Engine."""
+    kinds: Any = map(type, values)
+    return any(map(_is_quantized, kinds))
 
 
 def is_quantizer(value: object) -> bool:

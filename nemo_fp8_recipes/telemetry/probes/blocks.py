@@ -61,7 +61,7 @@ _STATS: tuple[tuple[str, Combine], ...] = (
     ("at_min", "max"),
     ("at_max", "max"),
 )
-"""What is read of the scales, `scale_inv_<name>`, in the order of `distribution`, and how ranks combine it."""
+"""What is read of the scales, `scale_inv_<name>`, in the order of `distribution`; how ranks combine it."""
 
 
 _Made = tuple[Operand, bool, Any, torch.Size, torch.Size, bool]

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from nemo_fp8_recipes.telemetry.found import Found
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
-from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
 __all__ = ["Exchange", "InFlight", "decode", "encode"]
 
@@ -56,10 +55,14 @@ def encode(values: Tensor, minimum: Tensor) -> Tensor:
 
 def decode(codes: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     """fp32 values of int32 codes; an empty place becomes NaN, see `decode`'s callers for telling it apart."""
-    ordered = np.where(minimum, ~codes, codes)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    values = bits.astype(np.int32).view(np.float32)
-    return np.where((codes == _NAN) | (codes == _ABSENT), np.float32("nan"), values)
+    ordered = np.where(minimum, ~codes, codes) if minimum.any() else codes
+    bits = ordered >> 31
+    bits &= 0x7FFFFFFF
+    bits ^= ordered
+    values = bits.view(np.float32)
+    # The codes of NaN and of an empty place are those of some NaN already.
+    np.copyto(values, np.float32("nan"), where=np.isnan(values))
+    return values
 
 
 @dataclass(frozen=True)
@@ -192,14 +195,25 @@ class _Plan:
     Attributes:
         places: places in the layout, int64 (n,).
         source: positions in the reading, int64 (n,).
-        minimum: 1 where the smallest value wins, int64 (n,).
+        minimum: where the smallest value wins, bool (n,).
         unknown: the reading holds something the layout has no place for.
+        whole: `source` is the reading as it is.
     """
 
     places: np.ndarray
     source: np.ndarray
     minimum: np.ndarray
     unknown: bool
+    whole: bool
+    _device: dict[tuple[torch.device, str], Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """An attribute on the device; uploaded once."""
+        tensor = self._device.get((device, name))
+        if tensor is None:
+            array = torch.from_numpy(getattr(self, name))
+            tensor = self._device[device, name] = array.to(device, non_blocking=True)
+        return tensor
 
 
 class InFlight:
@@ -243,7 +257,6 @@ class Exchange:
         self.world_size = self._world_size = dist.get_world_size(group) if self._distributed else 1
         self.rank = self._rank = dist.get_rank(group) if self._distributed else 0
         self._writer = writer
-        self._indices = IndexCache()
         self._known: dict[str, set[ReadingSpec]] = {}
         self._last: dict[str, tuple[ReadingSpec, ...]] = {}
         self._layouts: dict[str, _Layout] = {}
@@ -343,13 +356,14 @@ class Exchange:
         places = torch.full((layout.size,), _ABSENT, dtype=torch.int32, device=device)
         if reading is not None:
             plan = self._plan_for(layout, reading)
-            values = reading.values.index_select(0, self._indices.on(device, plan.source))
-            places.index_copy_(
-                0,
-                self._indices.on(device, plan.places),
-                encode(values, self._indices.on(device, plan.minimum) != 0),
-            )
-            places[:1].fill_(int(plan.unknown))
+            values = reading.values
+            if not plan.whole:
+                values = values.index_select(0, plan.on(device, "source"))
+            places.index_copy_(0, plan.on(device, "places"), encode(values, plan.on(device, "minimum")))
+            if plan.unknown:
+                places[:1].fill_(1)
+            else:
+                places[:1].zero_()
         if self._world_size > 1:
             dist.all_reduce(places, op=dist.ReduceOp.MAX, group=self._group)
         return places
@@ -375,7 +389,9 @@ class Exchange:
                     source.append(source[-1])
                     minimum.append(np.zeros(spec.length, dtype=bool))
             position += spec.length
-        plan = _Plan(_joined(places), _joined(source), _joined(minimum), unknown)
+        taken = _joined(source)
+        whole = len(taken) == position and bool((taken == np.arange(position)).all())
+        plan = _Plan(_joined(places), taken, _joined(minimum).astype(bool), unknown, whole)
         # Layouts that were replaced by a larger one go.
         self._plans = {
             id(kept): self._plans[id(kept)] for kept in self._layouts.values() if id(kept) in self._plans

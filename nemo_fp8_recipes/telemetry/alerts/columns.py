@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class OperandTable:
         self._known: tuple[Series, ...] = ()
         self._places: dict[str, _Place] = {}
         self._recipes: dict[str, np.ndarray] = {}
+        self._formats: dict[str, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.operands)
@@ -57,6 +58,18 @@ class OperandTable:
             self._recipes[recipe] = known
         return known
 
+    def of_format(self, name: str, values: Mapping[str, float], otherwise: float) -> np.ndarray:
+        """float64 (operands,): the value of each operand's element format.
+
+        Args:
+            name: of the table `values`, which is looked at once for the same operands.
+        """
+        known = self._formats.get(name)
+        if known is None or known[0] != len(self):
+            found = [values.get(series.format, otherwise) for series in self.series]
+            known = self._formats[name] = (len(self), np.asarray(found, dtype=np.float64))
+        return known[1]
+
     def _learn(self, series: Sequence[Series]) -> None:
         found: dict[str, tuple[list[int], list[int]]] = {}
         for position, one in enumerate(series):
@@ -67,7 +80,7 @@ class OperandTable:
             stat: _Place(np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64))
             for stat, (rows, positions) in found.items()
         }
-        self._recipes = {}
+        self._recipes, self._formats = {}, {}
 
     def _row(self, series: Series) -> int:
         key = (series.module, series.tensor)
@@ -96,6 +109,7 @@ class Columns:
         self.windows = windows
         self._values = values.values
         self._places = places
+        self._columns: dict[str, np.ndarray] = {}
 
     def has(self, stat: str) -> bool:
         return stat in self._places
@@ -108,11 +122,14 @@ class Columns:
         return present
 
     def get(self, stat: str) -> np.ndarray:
-        """float64 (operands,) of a statistic; NaN where there is none."""
-        column = np.full(len(self.table), np.nan)
-        if stat in self._places:
-            place = self._places[stat]
-            column[place.rows] = self._values[place.positions]
+        """float64 (operands,) of a statistic; NaN where there is none. Rules share it: it is not written."""
+        column = self._columns.get(stat)
+        if column is None:
+            column = self._columns[stat] = np.full(len(self.table), np.nan)
+            if stat in self._places:
+                place = self._places[stat]
+                column[place.rows] = self._values[place.positions]
+            column.flags.writeable = False
         return column
 
     def amax(self) -> np.ndarray:

@@ -83,9 +83,8 @@ class Saturation(RuleCheck):
 
     def check(self, columns: Columns) -> Finding:
         delayed = columns.table.of_recipe("delayed")
-        formats = [series.format for series in columns.table.series]
-        largest = np.asarray([FP8_MAX.get(name, np.nan) for name in formats])
-        rounding = np.asarray([ROUNDS_TO_MAX.get(name, 1.0) for name in formats])
+        largest = columns.table.of_format("largest", FP8_MAX, np.nan)
+        rounding = columns.table.of_format("rounding", ROUNDS_TO_MAX, 1.0)
         with np.errstate(invalid="ignore", over="ignore"):
             of_step = columns.get("amax") * columns.get("scale") / largest
             ratio = np.where(columns.present("headroom"), 1 / columns.get("headroom"), of_step)
@@ -146,6 +145,8 @@ class ScaleLimit(RuleCheck):
             ("scale_inv_min", _E8M0_ENDS[0], _FLT_MAX, "mxfp8"),
             ("scale_inv_max", 0.0, _FLT_MAX, "blockwise"),
         ):
+            if not columns.has(stat):
+                continue
             found = columns.get(stat)
             # 0 is a tensor or block of zeros, NaN an absent value; Inf is what `non_finite` reports.
             at_end = ((found <= lowest) & (found > 0)) | ((found >= highest) & np.isfinite(found))
@@ -199,9 +200,12 @@ class AmaxGrowth(RuleCheck):
         if len(self._rows) < self._rule.window:
             return Finding(none, np.full(size, np.nan), window=self._rule.window)
         x = np.asarray([step for step, _ in self._rows], dtype=np.float64)
-        y = np.full((len(x), size), np.nan)
-        for index, (_, row) in enumerate(self._rows):
-            y[index, : len(row)] = row  # operands seen later have no value in earlier steps
+        if len(self._rows[0][1]) == size:
+            y = np.stack([row for _, row in self._rows])
+        else:
+            y = np.full((len(x), size), np.nan)
+            for index, (_, row) in enumerate(self._rows):
+                y[index, : len(row)] = row  # operands seen later have no value in earlier steps
         x -= x.mean()
         deviation = y - y.mean(axis=0)
         slope = x @ deviation / (x @ x)

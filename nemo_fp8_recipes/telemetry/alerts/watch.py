@@ -88,6 +88,8 @@ class Watch:
 
     def _new(self, name: str, violated: np.ndarray) -> np.ndarray:
         """Which operands began to violate the rule: they kept it in `quiet` steps that had what it needs."""
+        if not violated.any():
+            return violated
         never = -self._config.quiet - 1
         last = self._violated.get(name, np.zeros(0, dtype=np.int64))
         last = np.concatenate([last, np.full(len(violated) - len(last), never, dtype=np.int64)])

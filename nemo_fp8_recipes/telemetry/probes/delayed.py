@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,14 +74,29 @@ class _Buffers:
         self.scale = torch.where(observed, scale, self.scale)
         self.oldest = torch.where(observed, oldest, self.oldest)
 
-    def window(self) -> Tensor:
-        """fp32 (len, slots), oldest entry first, the step's last amax in the last row."""
-        last = self.last[None]
+    def window(self, slots: Tensor) -> Tensor:
+        """fp32 (len, len(slots)), oldest entry first, the step's last amax in the last row."""
+        last = self.last.index_select(0, slots)[None]
         if self.length == 1:
             return last
-        history = torch.cat(self.histories, dim=1)
-        rolled = torch.cat([self.oldest[None], history[1:-1], last])
+        history = torch.cat(self.histories, dim=1).index_select(1, slots)
+        oldest = self.oldest.index_select(0, slots)[None]
+        rolled = torch.cat([oldest, history[1:-1], last])
         return torch.where(last == 0, torch.cat([history[1:], last]), rolled)
+
+
+class _Owners(NamedTuple):
+    """Whose slots the buffers of one direction hold: the same in every step with the same buffers.
+
+    Attributes:
+        scales: the buffers, kept so that their ids stay their own.
+        slots: int64 (operands,), in the concatenated buffers, on the device.
+        operands: module, tensor and element format of each.
+    """
+
+    scales: list[Tensor]
+    slots: Tensor
+    operands: tuple[tuple[str, str, str], ...]
 
 
 class DelayedProbe(Probe):
@@ -97,6 +112,7 @@ class DelayedProbe(Probe):
         self._linears = linears
         self._indices = indices
         self._history = history
+        self._owners: dict[tuple[int, ...], _Owners] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -137,21 +153,14 @@ class DelayedProbe(Probe):
             )
 
     def end(self) -> Reading | None:
-        columns: dict[int, list[tuple[Linear, str, int]]] = {}
-        for linear in self._linears:
-            for tensor, scale, column in linear.scale_columns():
-                columns.setdefault(id(scale), []).append((linear, tensor, column))
         readings = []
-        for buffers in self._buffers.values():
-            start = 0
-            found: list[tuple[Linear, str, int]] = []
-            for scale in buffers.scales:
-                found.extend(
-                    (linear, tensor, start + column) for linear, tensor, column in columns.get(id(scale), ())
-                )
-                start += scale.numel()
-            if found:
-                readings.append(self._read(buffers, found))
+        owners = {}
+        for key, buffers in self._buffers.items():
+            known = self._owners.get(key)
+            owners[key] = known if known is not None else self._find(buffers)
+            if owners[key].operands:
+                readings.append(self._read(buffers, owners[key]))
+        self._owners = owners  # those of the buffers that are no more go
         self.begin()
         if not readings:
             return None
@@ -160,25 +169,42 @@ class DelayedProbe(Probe):
             torch.cat([reading.values for reading in readings]),
         )
 
-    def _read(self, buffers: _Buffers, found: Sequence[tuple[Linear, str, int]]) -> Reading:
-        """The readings of the slots in `found`: (GEMM, operand, slot in the concatenated buffers)."""
+    def _find(self, buffers: _Buffers) -> _Owners:
+        columns: dict[int, list[tuple[Linear, str, int]]] = {}
+        for linear in self._linears:
+            for tensor, scale, column in linear.scale_columns():
+                columns.setdefault(id(scale), []).append((linear, tensor, column))
+        start = 0
+        found: list[tuple[Linear, str, int]] = []
+        for scale in buffers.scales:
+            found.extend(
+                (linear, tensor, start + column) for linear, tensor, column in columns.get(id(scale), ())
+            )
+            start += scale.numel()
+        formats: dict[tuple[str, str], str] = {}
+        for path, linear in {linear.path: linear for linear, _, _ in found}.items():
+            for tensor, quantizer in linear.quantizers():
+                formats[path, tensor] = element_format(quantizer)
+        return _Owners(
+            buffers.scales,
+            self._indices.on(buffers.scales[0].device, [slot for _, _, slot in found]),
+            tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found),
+        )
+
+    def _read(self, buffers: _Buffers, owners: _Owners) -> Reading:
+        """The readings of the slots that have an owner."""
         assert buffers.amax is not None  # a buffer is created by its first update
-        slots = self._indices.on(buffers.amax.device, [slot for _, _, slot in found])
+        slots = owners.slots
         vectors = {
             "amax": buffers.amax,
             "scale": buffers.scale,
             "scale_next": torch.cat(buffers.scales),
             "peak": buffers.peak,
         }
-        parts = [vectors[name].index_select(0, slots) for name, _ in _NUMBERS]
+        values = torch.stack([vectors[name] for name, _ in _NUMBERS]).index_select(1, slots).reshape(-1)
         if self._history:
-            parts.append(buffers.window().index_select(1, slots).t().reshape(-1))
-        formats: dict[tuple[str, str], str] = {}
-        for path, linear in {linear.path: linear for linear, _, _ in found}.items():
-            for tensor, quantizer in linear.quantizers():
-                formats[path, tensor] = element_format(quantizer)
-        operands = tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found)
-        return Reading(_specs(operands, buffers.length if self._history else 0), torch.cat(parts))
+            values = torch.cat([values, buffers.window(slots).t().reshape(-1)])
+        return Reading(_specs(owners.operands, buffers.length if self._history else 0), values)
 
 
 _NUMBERS: tuple[tuple[str, Combine], ...] = (

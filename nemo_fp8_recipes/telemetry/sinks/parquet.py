@@ -62,7 +62,9 @@ class ParquetSink(Sink):
             return
         self._writer.write(self._waiting)
         self._waiting = []
-        if self._merges and (self._merging is None or not self._merging.is_alive()):
+        if not self._merges or (self._merging is not None and self._merging.is_alive()):
+            return
+        if self._writer.mergeable():
             self._merging = threading.Thread(target=self._merge, name="telemetry-merge", daemon=True)
             self._merging.start()
 

@@ -60,6 +60,10 @@ class StoreWriter:
         while self.merge_once():
             pass
 
+    def mergeable(self) -> bool:
+        """Whether there is something for `compact` to do."""
+        return bool(_mergeable(parts(self._run_dir)))
+
     def merge_once(self) -> bool:
         """Merge one such group; False where there is none."""
         group = _mergeable(parts(self._run_dir))

@@ -301,6 +301,7 @@ class Observer:
                 id(quantizer): _Known(quantizer, linear, Operand(linear.path, tensor))
                 for linear in self._linears
                 for tensor, quantizer in linear.quantizers()
+                if quantizer is not None
             }
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
         self._weights = {}

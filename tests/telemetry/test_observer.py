@@ -106,6 +106,17 @@ def test_a_weight_that_every_micro_batch_quantises_is_read_once() -> None:
     assert watched.end()["weight", "elements"] == 64
 
 
+def test_an_absent_argument_is_not_the_quantizer_that_a_module_lacks() -> None:
+    watched = Watched()
+    watched.observer._stats = False
+    watched.module.quantizers["scaling_bwd"] = [None, None]
+    call = watched.observer._quantising(
+        "layernorm_fwd", lambda x, bias, quantizer: (quantize(x, quantizer), None)
+    )
+    call(torch.full((4, 16), 2.0), None, watched.input)
+    assert watched.end()["input", "scale_inv"] == pytest.approx(2 / 448)
+
+
 def test_what_was_not_seen_says_so() -> None:
     found = Watched().end()
     assert found == {(tensor, "unobserved"): 1.0 for tensor in ("input", "weight", "grad_output")}

@@ -219,7 +219,7 @@ class Observer:
             known = operands.get(id(quantizer))
             if known is not None:
                 break
-            if strangers.get(id(quantizer)) is quantizer:
+            if id(quantizer) in strangers and strangers[id(quantizer)] is quantizer:
                 return True
         else:
             return False

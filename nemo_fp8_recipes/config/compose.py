@@ -86,6 +86,12 @@ def _check_key(config: DictConfig, override: Override) -> None:
         if part not in node:
             if path == RECIPE_GROUP:
                 recipes.load(str(config[RECIPE_GROUP].name), **{part: override.value()})
+            if not node:
+                raise ConfigError(
+                    f"There is no key '{override.key_or_group}': {path} is empty.",
+                    key=override.key_or_group,
+                    hint=f"A plus adds to it: +{override.key_or_group}=….",
+                )
             raise typed.unknown_key(part, [str(key) for key in node], path, ConfigError)
         path = f"{path}.{part}" if path else part
         node = node[part]

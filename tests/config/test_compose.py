@@ -106,6 +106,7 @@ MISTAKES = [
     ("model.num_layers=0", "model.num_layers", ">= 1"),
     ("model.num_layers=???", "model.num_layers", "needs a value"),
     ("model.num_layers.x=3", "model.num_layers.x", "single value"),
+    ("alerts.custom.mine.above=3", "alerts.custom.mine.above", "A plus adds to it: +alerts.custom.mine"),
     ("+model.depth=3", "model.depth", "num_layers"),
     ("~model.num_layers", "model.num_layers", "needs a value"),
     ("~model", "model", "one choice"),

@@ -41,19 +41,21 @@ def _as_module() -> ModuleType:
     return module
 
 
-def _sample_idx(
+def build_sample_idx_int64(
     sizes: Array,
     document_idx: Array,
     seq_length: int,
     num_epochs: int,
     tokens_per_epoch: int,
-    drop_last_partial_sequence: bool,
-    extra: int,
+    drop_last_partial_sequence: bool = True,
+    add_extra_token_to_sequence: int = 1,
 ) -> Array:
-    """Where each sample begins: int64 [samples + 1, 2], index into `document_idx` and token offset in there.
+    """As in helpers.cpp, where each sample begins: int64 [samples + 1, 2].
 
-    Samples are `seq_length` tokens apart and take `extra` tokens more.
+    A row holds an index into `document_idx` and the token offset in that document. Samples are `seq_length`
+    tokens apart and take `add_extra_token_to_sequence` tokens more.
     """
+    extra = add_extra_token_to_sequence
     total = num_epochs * tokens_per_epoch - extra
     if drop_last_partial_sequence:
         samples = total // seq_length
@@ -73,46 +75,9 @@ def _sample_idx(
     return index
 
 
-def build_sample_idx_int32(
-    sizes: Array,
-    document_idx: Array,
-    seq_length: int,
-    num_epochs: int,
-    tokens_per_epoch: int,
-    drop_last_partial_sequence: bool = True,
-    add_extra_token_to_sequence: int = 1,
-) -> Array:
-    """As in helpers.cpp: int32 [samples + 1, 2]."""
-    return _sample_idx(
-        sizes,
-        document_idx,
-        seq_length,
-        num_epochs,
-        tokens_per_epoch,
-        drop_last_partial_sequence,
-        add_extra_token_to_sequence,
-    ).astype(np.int32)
-
-
-def build_sample_idx_int64(
-    sizes: Array,
-    document_idx: Array,
-    seq_length: int,
-    num_epochs: int,
-    tokens_per_epoch: int,
-    drop_last_partial_sequence: bool = True,
-    add_extra_token_to_sequence: int = 1,
-) -> Array:
-    """As in helpers.cpp: int64 [samples + 1, 2]."""
-    return _sample_idx(
-        sizes,
-        document_idx,
-        seq_length,
-        num_epochs,
-        tokens_per_epoch,
-        drop_last_partial_sequence,
-        add_extra_token_to_sequence,
-    )
+def build_sample_idx_int32(*arguments: Any, **named: Any) -> Array:
+    """As in helpers.cpp, with the arguments of `build_sample_idx_int64`: int32 [samples + 1, 2]."""
+    return build_sample_idx_int64(*arguments, **named).astype(np.int32)
 
 
 def build_blending_indices(

@@ -55,6 +55,12 @@ class Nvfp4Probe(TensorwiseProbe):
     def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
         return ReadingSpec(operand.module, operand.tensor, "amax", "nvfp4", element_format(quantizer), "max")
 
+    def _codes(self, tensor: Any) -> Tensor | None:
+        codes: Tensor | None = (
+            tensor._columnwise_data if tensor._rowwise_data is None else tensor._rowwise_data
+        )
+        return codes
+
     def _number(self, tensor: Any) -> Tensor:
         kept: Tensor = tensor._amax_columnwise if tensor._amax_rowwise is None else tensor._amax_rowwise
         return kept.detach() if kept.numel() == 1 else kept.detach().amax()

@@ -33,7 +33,7 @@ class TensorwiseProbe(Probe):
         self._read: list[Tensor] = []
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
-        data = tensor._data if tensor._data is not None else tensor._transpose
+        data = self._codes(tensor)
         if data is not None and not data.numel():
             return  # an expert that got no token: its scale was never written
         slot = self._slots.get(operand)
@@ -70,6 +70,11 @@ class TensorwiseProbe(Probe):
             "max",
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
+
+    def _codes(self, tensor: Any) -> Tensor | None:
+        """The codes of a quantised tensor, in either direction."""
+        codes: Tensor | None = tensor._data if tensor._data is not None else tensor._transpose
+        return codes
 
     def _number(self, tensor: Any) -> Tensor:
         """The one number that is read of a quantised tensor, not negative."""

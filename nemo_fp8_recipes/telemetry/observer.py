@@ -375,8 +375,11 @@ class Observer:
         """
         source = getattr(made.tensor, "main_param", None)
         if isinstance(source, torch.Tensor) and source.numel() == made.tensor.numel():
-            # Megatron casts through the parameter's own dtype (`megatron/core/fp8_utils.py`).
-            self._reread(made, source.detach().to(made.tensor.dtype).reshape(made.tensor.shape))
+            source = source.detach().reshape(made.tensor.shape)
+            if getattr(made.tensor, "main_param_sharded", False):
+                # The distributed optimizer casts through the parameter's own dtype (`core/fp8_utils.py`).
+                source = source.to(made.tensor.dtype)
+            self._reread(made, source)
 
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:

@@ -6,40 +6,103 @@ The oracle never uses the exchange between ranks that it checks: each rank's num
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import nemo_fp8_recipes
 from nemo_fp8_recipes import telemetry
 from nemo_fp8_recipes.injection.module_names import named_modules
+from nemo_fp8_recipes.telemetry.series import FP8_MAX
 from tests.support.gpt import Trainer
+from tests.telemetry.oracle import quantised
+
+
+@dataclass
+class Sums:
+    """What one rank saw of an operand in a step, over its micro-batches; by numpy and ml_dtypes.
+
+    Attributes:
+        peak: largest amax x scale, delayed scaling only.
+        exponents: of the MXFP8 block scales, as a string -> their number.
+        blocks: of one tensor.
+    """
+
+    amax: float = 0.0
+    peak: float = 0.0
+    elements: float = 0.0
+    zeros: float = 0.0
+    underflows: float = 0.0
+    saturated: float = 0.0
+    norm: float = 0.0
+    noise: float = 0.0
+    bulk_norm: float = 0.0
+    bulk_noise: float = 0.0
+    blocks: int = 0
+    exponents: dict[str, int] = field(default_factory=dict)
+
+    def add(self, x: np.ndarray, recipe: str, tensor: str, scale: float | None) -> None:
+        amax = float(np.abs(x).max())
+        self.amax = max(self.amax, amax)
+        self.elements += x.size
+        self.zeros += float((x == 0).sum())
+        fmt = "e5m2" if tensor == "grad_output" and recipe in ("delayed", "tensorwise") else "e4m3"
+        if scale is not None:
+            self.peak = max(self.peak, amax * scale)
+            self.saturated += float((np.abs(x) > FP8_MAX[fmt] / scale * (1 + 2e-7)).sum())
+        if amax == 0:
+            return
+        q = quantised(x, recipe, tensor, fmt, scale)
+        assert q is not None
+        self.underflows += float(((x != 0) & (q == 0)).sum())
+        error = (q - x).astype(np.float64)
+        bulk = np.abs(x) <= np.percentile(np.abs(x), 99, method="inverted_cdf")
+        self.norm += float(np.square(x, dtype=np.float64).sum())
+        self.noise += float(np.square(error).sum())
+        self.bulk_norm += float(np.square(x[bulk], dtype=np.float64).sum())
+        self.bulk_noise += float(np.square(error[bulk]).sum())
+        if recipe == "mxfp8":
+            blocks = np.abs(x).reshape(x.shape[0], -1, 32).max(axis=2)
+            self.blocks = blocks.size
+            used = np.ceil(np.log2(blocks[blocks > 0] / FP8_MAX[fmt])).astype(int)
+            for exponent, number in zip(*np.unique(used, return_counts=True), strict=True):
+                self.exponents[str(exponent)] = self.exponents.get(str(exponent), 0) + int(number)
 
 
 def run(name: str, options: dict[str, Any], out: Path, *, steps: int) -> dict[str, Any]:
     """One configuration. Every rank calls this.
 
     Returns:
-        seen: [step, module, tensor, amax, zeros, elements] of every operand on this rank, as JSON holds it.
+        seen: [step, module, tensor, sums] of every operand on this rank, `Sums` as a dict, as JSON holds it.
         alerts: what this rank's callback heard.
     """
     trainer = Trainer(**options)
     recipe = nemo_fp8_recipes.load(
         trainer.recipe, **({"amax_history_len": 4} if trainer.recipe == "delayed" else {})
     )
-    seen: dict[tuple[int, str, str], list[float]] = {}
+    seen: dict[tuple[int, str, str], Sums] = {}
     step = 0
 
-    def take(module: str, tensor: str, value: torch.Tensor) -> None:
-        value = value.detach().float()
+    def take(module: str, tensor: str, value: torch.Tensor, scale: float | None) -> None:
         if value.numel() == 0:
             return
-        found = seen.setdefault((step, module, tensor), [0.0, 0.0, 0.0])
-        found[0] = max(found[0], float(value.abs().max()))
-        found[1] += float((value == 0).sum())
-        found[2] += value.numel()
+        key = (step, module, tensor)
+        if tensor == "weight" and key in seen:
+            return  # kept for the micro-batches of a step
+        x = value.detach().float().reshape(-1, value.shape[-1]).numpy()
+        seen.setdefault(key, Sums()).add(x, trainer.recipe, tensor, scale)
+
+    def scale_of(module: Any, direction: str, slot: int) -> float | None:
+        """The scale that delayed scaling is about to cast with, 1 in the first cast; None elsewhere."""
+        if trainer.recipe != "delayed":
+            return None
+        state = module.fp8_meta.get(direction)
+        return float(state.scale[slot]) if state is not None else 1.0
 
     def watch(path: str, module: Any) -> None:
         fused_norm = hasattr(module, "layer_norm_weight")
@@ -47,13 +110,22 @@ def run(name: str, options: dict[str, Any], out: Path, *, steps: int) -> dict[st
         def before(_: Any, arguments: Any) -> None:
             if torch.is_grad_enabled():
                 if not fused_norm:  # what a fused norm hands to its GEMM cannot be seen from outside
-                    take(path, "input", arguments[0])
-                take(path, "weight", module.weight)
+                    take(path, "input", arguments[0], scale_of(module, "scaling_fwd", 0))
+                weight = module.weight
+                if trainer.fp8_param:  # what the quantised parameter was written from, if it is all here
+                    main = weight.main_param
+                    whole = main is not None and main.numel() == weight.numel()
+                    weight = main.view(weight.shape) if whole else torch.empty(0)
+                    if trainer.distributed_optimizer:
+                        weight = weight.bfloat16()
+                take(path, "weight", weight, scale_of(module, "scaling_fwd", 1))
 
         def after(_: Any, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if first.requires_grad:
-                first.register_hook(lambda gradient: take(path, "grad_output", gradient))
+                first.register_hook(
+                    lambda gradient: take(path, "grad_output", gradient, scale_of(module, "scaling_bwd", 0))
+                )
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
@@ -81,7 +153,7 @@ def run(name: str, options: dict[str, Any], out: Path, *, steps: int) -> dict[st
     recorder.close()
     dist.barrier()
     return {
-        "seen": [[*key, *found] for key, found in seen.items()],
+        "seen": [[*key, dataclasses.asdict(found)] for key, found in seen.items()],
         "alerts": alerts,
         "wrote": directory.exists(),
     }

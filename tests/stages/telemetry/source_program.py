@@ -115,7 +115,7 @@ def main(device: str, recipe_name: str, out: Path) -> None:
                 take("mlp.gemm1", "weight", module.fc2_weight)
                 return
             take(name, "input", args[0])
-            take(name, "weight", module.weight.main_param.bfloat16() if name == "primary" else module.weight)
+            take(name, "weight", module.weight.main_param if name == "primary" else module.weight)
 
         def after(name: str, module: Any, output: Any) -> None:
             if not (output.requires_grad and module.training):
@@ -159,7 +159,7 @@ def main(device: str, recipe_name: str, out: Path) -> None:
         with torch.no_grad():
             parameter = model.primary.weight
             parameter.main_param.sub_(0.01 * parameter.grad.float().sign())
-            parameter.copy_(parameter.main_param.to(torch.bfloat16))
+            parameter.copy_(parameter.main_param)
             parameter.grad = None
         recorder.end_step(step)
     recorder.close()

@@ -60,8 +60,18 @@ def encode_stochastically(scaled: Tensor, generator: torch.Generator | None = No
 
 
 def random_bits(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The random bits that `encode_stochastically` draws for a tensor: uint8 of its shape."""
-    return torch.randint(0, 256, like.shape, dtype=torch.uint8, device=like.device, generator=generator)
+    """The random bits that `encode_stochastically` draws for a tensor.
+
+    One 64-bit integer for every eight elements in row-major order, the lowest byte for the first of them (on
+    little-endian machines); the last one may be used in part.
+
+    Returns:
+        uint8 of the tensor's shape.
+    """
+    count = like.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.uint8)[:count].view(like.shape)
 
 
 def decode_packed(packed: Tensor) -> Tensor:

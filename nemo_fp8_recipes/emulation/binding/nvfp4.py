@@ -102,11 +102,10 @@ class Nvfp4Scaling:
         matrix = x.view(flat_2d(x.shape))
         specs = self.specs(quantizer, x.shape)
         columns: Tensor | None = None
+        largest: float | None = None
         if "_columnwise_data" in specs:
-            columns = matrix.t().contiguous()
-            if quantizer.with_rht:
-                columns = hadamard.random_hadamard_transform(columns, quantizer.rht_matrix_random_sign_mask_t)
-        buffers = self._amaxes(quantizer, matrix, columns, specs)
+            columns, largest = _columns(quantizer, matrix)
+        buffers = self._amaxes(quantizer, matrix, columns, largest, specs)
         if "_rowwise_data" in specs:
             self._direction(quantizer, "rowwise", matrix, specs, buffers, self._swizzled(quantizer, x.shape))
         if columns is not None:
@@ -144,14 +143,23 @@ class Nvfp4Scaling:
         tensor._nvfp4_e4m3_max = int(quantizer.nvfp4_e4m3_max)
 
     def _amaxes(
-        self, quantizer: Any, rows: Tensor, columns: Tensor | None, specs: Mapping[str, BufferSpec]
+        self,
+        quantizer: Any,
+        rows: Tensor,
+        columns: Tensor | None,
+        largest_of_columns: float | None,
+        specs: Mapping[str, BufferSpec],
     ) -> Buffers:
         """The amax buffers. Without Hadamard transform and row scaling both directions have the same."""
         found: Buffers = {}
         each = 1 if quantizer.row_scaled_nvfp4 else None
         if "_amax_rowwise" in specs:
             found["_amax_rowwise"] = (amax_of(rows) if each is None else amax(rows, dim=each)).view(-1)
-        if columns is not None:
+        if columns is not None and largest_of_columns is not None and each is None:
+            found["_amax_columnwise"] = torch.tensor([largest_of_columns])
+        elif columns is not None and each is None and not quantizer.with_rht and "_amax_rowwise" in found:
+            found["_amax_columnwise"] = found["_amax_rowwise"].clone()
+        elif columns is not None:
             found["_amax_columnwise"] = (amax_of(columns) if each is None else amax(columns, dim=each)).view(
                 -1
             )
@@ -182,10 +190,11 @@ class Nvfp4Scaling:
                 buffers[f"_amax_{direction}"],
                 kernels.Quantized(packed, padded),
                 square=bool(quantizer.with_2d_quantization),
+                swizzled=swizzled,
                 random=fp4.random_bits(matrix) if stochastic else None,
             )
             buffers[f"_{direction}_data"] = packed
-            buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded
+            buffers[f"_{direction}_scale_inv"] = padded
             return
         largest = buffers[f"_amax_{direction}"]
         if quantizer.nvfp4_use_4over6:
@@ -216,6 +225,19 @@ class Nvfp4Scaling:
             return m % 64 == 0 and k % 128 == 0
         square = quantizer.with_2d_quantization and not quantizer.row_scaled_nvfp4
         return bool(square) and not quantizer.nvfp4_use_4over6 and m % 128 == 0 and k % 128 == 0
+
+
+def _columns(quantizer: Any, matrix: Tensor) -> tuple[Tensor, float | None]:
+    """What columnwise data is quantised from: the transposed matrix, transformed where the quantizer asks for
+    it; and its amax where that came on the way.
+    """
+    compiled = kernels.for_tensor(matrix)
+    if not quantizer.with_rht:
+        return (matrix.t().contiguous() if compiled is None else compiled.transpose(matrix)), None
+    sign_mask = int(quantizer.rht_matrix_random_sign_mask_t)
+    if compiled is not None:
+        return compiled.hadamard_columns(matrix, sign_mask)
+    return hadamard.random_hadamard_transform(matrix.t().contiguous(), sign_mask), None
 
 
 def _require_supported(quantizer: Any, x: Tensor) -> None:

@@ -76,10 +76,11 @@ class Operand:
         if self.scaling == NVFP4_SCALING:
             packed, scale, largest = _nvfp4_buffers(self.tensor, self.columnwise)
             compiled = kernels.for_codes(packed)
-            if compiled is not None and scale.stride(1) == 1:
-                matrix = compiled.decode_nvfp4(packed, scale)
+            swizzled = bool(self.tensor._with_gemm_swizzled_scales)
+            if compiled is not None and scale.is_contiguous():
+                matrix = compiled.decode_nvfp4(packed, scale, swizzled=swizzled)
             else:
-                matrix = nvfp4.block_values(packed, scale)
+                matrix = nvfp4.block_values(packed, _nvfp4_scales(packed, scale, swizzled=swizzled))
             return matrix.t() if self.columnwise else matrix, largest
         return values(self.tensor, columnwise=self.columnwise), None
 
@@ -134,6 +135,7 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     classes = te_classes()
     if isinstance(tensor, classes.nvfp4_storage):
         packed, scale, largest = _nvfp4_buffers(tensor, columnwise)
+        scale = _nvfp4_scales(packed, scale, swizzled=bool(tensor._with_gemm_swizzled_scales))
         dequantized = nvfp4.dequantize(packed, scale, largest, e4m3_max=tensor._nvfp4_e4m3_max)
         return dequantized.t() if columnwise else dequantized
     fmt = fp8_format(tensor._fp8_dtype)
@@ -178,18 +180,22 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
 
 
 def _nvfp4_buffers(tensor: Any, columnwise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes [rows, columns / 2], their scales without padding and their amax; columnwise those of the
-    transposed matrix.
+    """Packed codes [rows, columns / 2], their scales as they are stored and their amax; columnwise those of
+    the transposed matrix.
     """
     direction = "columnwise" if columnwise else "rowwise"
     packed = getattr(tensor, f"_{direction}_data")
     scale = getattr(tensor, f"_{direction}_scale_inv")
     largest = getattr(tensor, f"_amax_{direction}")
     nvte_check(largest is not None, "common/recipe/nvfp4.cu", "amax_ptr is null")
-    if tensor._with_gemm_swizzled_scales:
-        scale = unswizzle(scale, columnwise=False)
     packed = packed.reshape(packed.shape[0], -1) if columnwise else packed.reshape(flat_2d(packed.shape))
-    return packed, scale[: packed.shape[0], : packed.shape[1] * 2 // nvfp4.BLOCK], largest.detach()
+    return packed, scale, largest.detach()
+
+
+def _nvfp4_scales(packed: Tensor, stored: Tensor, *, swizzled: bool) -> Tensor:
+    """Scales of the packed codes in natural order, without padding."""
+    natural = unswizzle(stored, columnwise=False) if swizzled else stored
+    return natural[: packed.shape[0], : packed.shape[1] * 2 // nvfp4.BLOCK]
 
 
 def _untransposed(shape: torch.Size) -> tuple[int, ...]:

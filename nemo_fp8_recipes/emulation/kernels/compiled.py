@@ -140,12 +140,14 @@ class Library:
         scales = (_VOID, _VOID, _LONG)
         self._mxfp8 = bind("mxfp8", None, *matrix, _INT, _FLOAT, _INT, _INT, *scales, *scales, _LONG, _INT)
         self._blockwise = bind("blockwise", None, *matrix, _INT, _FLOAT, _INT, _INT, *scales, *scales, _INT)
-        self._nvfp4 = bind("nvfp4", None, *matrix, _VOID, _INT, _INT, _VOID, _VOID, _VOID, _LONG, _INT)
+        self._nvfp4 = bind("nvfp4", None, *matrix, _VOID, _INT, _INT, _INT, _VOID, _VOID, _VOID, _LONG, _INT)
+        self._transpose = bind("transpose", None, _VOID, _LONG, _LONG, _INT, _VOID, _INT)
+        self._hadamard = bind("hadamard_columns", _FLOAT, _VOID, _LONG, _LONG, _INT, _VOID, _INT)
         self._decode = bind("decode", None, _VOID, _LONG, _INT, _VOID, _INT)
         codes = (_VOID, _LONG, _LONG, _INT, _INT)
         self._decode_mxfp8 = bind("decode_mxfp8", None, *codes, _INT, _VOID, _LONG, _LONG, _VOID, _INT)
         self._decode_blockwise = bind("decode_blockwise", None, *codes, _VOID, _LONG, _VOID, _INT)
-        self._decode_nvfp4 = bind("decode_nvfp4", None, _VOID, _LONG, _LONG, _VOID, _LONG, _VOID, _INT)
+        self._decode_nvfp4 = bind("decode_nvfp4", None, _VOID, _LONG, _LONG, _INT, _VOID, _LONG, _VOID, _INT)
 
     def _threads(self, elements: int) -> int:
         available = torch.get_num_threads()
@@ -282,7 +284,14 @@ class Library:
         )
 
     def nvfp4(
-        self, x: Tensor, amax: Tensor, out: Quantized, *, square: bool, random: Tensor | None = None
+        self,
+        x: Tensor,
+        amax: Tensor,
+        out: Quantized,
+        *,
+        square: bool,
+        swizzled: bool = False,
+        random: Tensor | None = None,
     ) -> None:
         """NVFP4: `numerics.nvfp4.quantize_1d` and `quantize_2d`.
 
@@ -291,6 +300,7 @@ class Library:
             amax: fp32, one element or M.
             out: where codes, uint8 [M, K / 2], and scales, uint8 [>= M, >= K / 16], go.
             square: blocks of 16x16, their scale repeated for each row.
+            swizzled: write the scales (padded to 128 x 4) in the GEMM's order.
             random: uint8 [M, K] for stochastic rounding.
         """
         m, k = x.shape
@@ -302,12 +312,35 @@ class Library:
             amax.data_ptr(),
             amax.numel() > 1,
             square,
+            swizzled,
             _at(random),
             _at(out.codes),
             _at(out.scales),
             out.stride,
             self._threads(m * k),
         )
+
+    def transpose(self, x: Tensor) -> Tensor:
+        """The transposed matrix [K, M] of x [M, K], contiguous."""
+        m, k = x.shape
+        out = torch.empty(k, m, dtype=x.dtype)
+        self._transpose(x.data_ptr(), m, k, x.itemsize, out.data_ptr(), self._threads(m * k))
+        return out
+
+    def hadamard_columns(self, x: Tensor, sign_mask: int) -> tuple[Tensor, float]:
+        """`numerics.hadamard.random_hadamard_transform` of x transposed, and the amax of that, NaN ignored.
+
+        Args:
+            x: bf16 [M, K], M a multiple of 16.
+            sign_mask: as in `numerics`.
+
+        Returns:
+            bf16 [K, M] and the amax.
+        """
+        m, k = x.shape
+        out = torch.empty(k, m, dtype=x.dtype)
+        largest: float = self._hadamard(x.data_ptr(), m, k, sign_mask, out.data_ptr(), self._threads(m * k))
+        return out, largest
 
     def decode(self, codes: Tensor, fmt: Fp8Format) -> Tensor:
         """fp32 values of contiguous codes: `numerics.decode`."""
@@ -365,12 +398,13 @@ class Library:
         )
         return values
 
-    def decode_nvfp4(self, packed: Tensor, scales: Tensor) -> Tensor:
+    def decode_nvfp4(self, packed: Tensor, scales: Tensor, *, swizzled: bool = False) -> Tensor:
         """code * block scale, fp32 [M, K]: `numerics.nvfp4.block_values` of scales for blocks of 1x16.
 
         Args:
             packed: uint8 [M, K / 2].
             scales: uint8 [>= M, >= K / 16].
+            swizzled: the scales (padded to 128 x 4) are in the GEMM's order.
         """
         m, half = packed.shape
         values = torch.empty(m, 2 * half, dtype=torch.float32)
@@ -378,6 +412,7 @@ class Library:
             packed.data_ptr(),
             m,
             2 * half,
+            swizzled,
             scales.data_ptr(),
             scales.stride(0),
             values.data_ptr(),

@@ -12,7 +12,7 @@ __all__ = ["everything"]
 
 
 def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
-    """What every kernel makes of x [M, K], multiples of 32, and of the codes that come out of it.
+    """What every kernel makes of x, fp32 [M, K], multiples of 32, and of the codes that come out of it.
 
     Memory comes from NumPy: torch would clear it on several threads, which hangs in a forked process.
     """
@@ -44,4 +44,7 @@ def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
         found += [*packed, kernels.decode_nvfp4(*packed)]
     rows = Quantized(out(m, k), out(m, k // 32))
     kernels.mxfp8(x, E4M3, rows, None, square=False, swizzled=False)
+    half = torch.from_numpy(np.ascontiguousarray(x.view(torch.int32).numpy() >> 16).astype(np.int16))
+    transformed, largest = kernels.hadamard_columns(half.view(torch.bfloat16), 0b1010)
+    found += [transformed.view(torch.int16), torch.tensor(largest), kernels.transpose(half)]
     return [tensor.numpy().tobytes() for tensor in (*found, *rows)]

@@ -34,9 +34,8 @@ def threaded(request: pytest.FixtureRequest, native: Library) -> Iterator[Librar
     Library(loaded, team)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(threaded: Library, dtype: torch.dtype) -> None:
-    x = mixed(SHAPE, dtype)
+def test_any_number_of_threads_gives_the_same_bits(threaded: Library) -> None:
+    x = mixed(SHAPE, torch.float32)
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)

@@ -7,20 +7,9 @@
 #include "elements.hpp"
 #include "loops.hpp"
 #include "rows.hpp"
+#include "scale_place.hpp"
 
 namespace fp8 {
-
-// Where the scale of (row, block) of a direction lies, for scales in natural order or in the tiles of 128 x 4
-// that the GEMM reads. `row` counts along the direction that is not blocked.
-struct ScalePlace {
-  int64_t row_stride, block_stride;
-  int64_t tiles;  // tiles of 4 blocks in a row of tiles; 0: natural order
-
-  int64_t at(int64_t row, int64_t block) const {
-    if (!tiles) return row * row_stride + block * block_stride;
-    return ((row / 128) * tiles + block / 4) * 512 + (row % 32) * 16 + (row % 128) / 32 * 4 + block % 4;
-  }
-};
 
 // The E8M0 rule: amax * fp32(1 / fp8_max), rounded up to a power of two.
 template <class Out>
@@ -101,7 +90,7 @@ void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, const Rule& 
       const int64_t blocks = whole + (rest != 0);
       const float* values = x.read(i * k + j, length, buffer);
       uint8_t* codes = out.codes + i * k + j;
-      for (int64_t b = 0; b < whole; ++b) largest[b] = largest_magnitude(values + b * Block, Block);
+      block_maxima<Block>(values, whole, largest);
       if (rest) largest[whole] = largest_magnitude(values + whole * Block, rest);
       apply_rule(rule, largest, blocks, multiplier, kept);
       encode_blocks<Out, Block>(values, length, multiplier, codes);

@@ -1,6 +1,7 @@
 // The C interface of the kernels: plain pointers and numbers, called through ctypes. Matrices are contiguous
 // and row-major; a null pointer means that the output is not asked for.
 #include "blocks.hpp"
+#include "columns.hpp"
 #include "elements.hpp"
 #include "loops.hpp"
 #include "nvfp4.hpp"
@@ -13,11 +14,16 @@ using namespace fp8;
 
 namespace {
 
-// Scales of MXFP8 are padded to `stride` columns. Columnwise ones are addressed by (column, block): their rows
-// are the blocks; swizzled they are stored as the transposed matrix.
+// Scales of rows, padded to `stride` columns.
+ScalePlace row_place(bool swizzled, int64_t stride) {
+  return swizzled ? ScalePlace{0, 0, stride / 4} : ScalePlace{stride, 1, 0};
+}
+
+// Columnwise scales are addressed by (column, block): their rows are the blocks; swizzled they are stored as the
+// transposed matrix.
 ScalePlace mxfp8_place(bool columnwise, bool swizzled, int64_t stride, int64_t padded_blocks) {
   if (swizzled) return {0, 0, padded_blocks / 4};
-  return columnwise ? ScalePlace{1, stride, 0} : ScalePlace{stride, 1, 0};
+  return columnwise ? ScalePlace{1, stride, 0} : row_place(false, stride);
 }
 
 float e8m0_value(uint8_t code) {
@@ -29,7 +35,7 @@ float e8m0_value(uint8_t code) {
 
 extern "C" {
 
-KERNEL int32_t nemo_fp8_interface() { return 2; }
+KERNEL int32_t nemo_fp8_interface() { return 3; }
 
 // Run on the threads of the OpenMP runtime whose `GOMP_parallel` this is; null: on new threads.
 KERNEL void nemo_fp8_use_team(void* parallel) { use_team(reinterpret_cast<Team>(parallel)); }
@@ -84,10 +90,24 @@ KERNEL void nemo_fp8_blockwise(const void* x, int32_t input, int64_t m, int64_t 
 }
 
 KERNEL void nemo_fp8_nvfp4(const void* x, int32_t input, int64_t m, int64_t k, const float* amax,
-                           int32_t row_scaled, int32_t square, const uint8_t* random, uint8_t* packed,
-                           uint8_t* scales, int64_t scale_stride, int32_t threads) {
-  quantize_nvfp4({x, input}, m, k, amax, row_scaled != 0, square != 0, random, packed, scales, scale_stride,
-                 threads);
+                           int32_t row_scaled, int32_t square, int32_t swizzled, const uint8_t* random,
+                           uint8_t* packed, uint8_t* scales, int64_t scale_stride, int32_t threads) {
+  quantize_nvfp4({x, input}, m, k, amax, row_scaled != 0, square != 0, random, packed, scales,
+                 row_place(swizzled != 0, scale_stride), threads);
+}
+
+// The transposed matrix [k, m] of x [m, k], elements of two or four bytes.
+KERNEL void nemo_fp8_transpose(const void* x, int64_t m, int64_t k, int32_t bytes, void* out, int32_t threads) {
+  if (bytes == 2) {
+    transpose_words(static_cast<const uint16_t*>(x), m, k, static_cast<uint16_t*>(out), threads);
+  } else {
+    transpose_words(static_cast<const uint32_t*>(x), m, k, static_cast<uint32_t*>(out), threads);
+  }
+}
+
+KERNEL float nemo_fp8_hadamard_columns(const void* x, int64_t m, int64_t k, int32_t signs, void* out,
+                                       int32_t threads) {
+  return hadamard_columns(static_cast<const uint16_t*>(x), m, k, signs, static_cast<uint16_t*>(out), threads);
 }
 
 KERNEL void nemo_fp8_decode(const uint8_t* codes, int64_t count, int32_t format, float* out, int32_t threads) {
@@ -120,9 +140,9 @@ KERNEL void nemo_fp8_decode_blockwise(const uint8_t* codes, int64_t m, int64_t k
   });
 }
 
-KERNEL void nemo_fp8_decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, const uint8_t* scales,
-                           int64_t scale_stride, float* out, int32_t threads) {
-  decode_nvfp4(packed, m, k, scales, scale_stride, out, threads);
+KERNEL void nemo_fp8_decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, int32_t swizzled,
+                                  const uint8_t* scales, int64_t scale_stride, float* out, int32_t threads) {
+  decode_nvfp4(packed, m, k, scales, row_place(swizzled != 0, scale_stride), out, threads);
 }
 
 }  // extern "C"

@@ -156,6 +156,22 @@ inline int32_t largest_magnitude(const float* x, int64_t count) {
   return largest;
 }
 
+// largest[b] = largest magnitude of x[b * Block] and the Block - 1 values after it; Block is a multiple of 8.
+template <int Block>
+inline void block_maxima(const float* __restrict x, int64_t blocks, int32_t* __restrict largest) {
+  for (int64_t b = 0; b < blocks; ++b, x += Block) {
+#ifdef NEMO_FP8_AVX2
+    __m256 seen = _mm256_setzero_ps();
+    for (int t = 0; t < Block; t += 8) seen = larger(_mm256_loadu_ps(x + t), seen);
+    largest[b] = largest_lane(seen);
+#else
+    int32_t magnitude = 0;
+    for (int t = 0; t < Block; ++t) magnitude = std::max(magnitude, magnitude_bits(x[t]));
+    largest[b] = magnitude;
+#endif
+  }
+}
+
 // Raises `down[i]` to the magnitude of x[i], and gives the largest magnitude of each `Block` values. `count` is a
 // multiple of Block, Block one of 8.
 template <int Block>

@@ -113,7 +113,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"exact|gemm|versus_reference",
-        r"Tensor-likes are not (equal|close)",
+        r"Tensor-likes are not (equal|close)|mismatch at step",
         "the order of summation in a GEMM: the reference of the test takes another one",
     ),
     (r"", r"took more than \d+ s", "takes too long on a CPU"),

@@ -117,7 +117,9 @@ def multi_tensor_sgd(
             g = g + momentum * new if nesterov else new
         if wd != 0.0 and wd_after_momentum:
             g = g + wd * value
-        parameter.detach().copy_(value - lr * g)
+        # C++ adds in the parameter's own type, so the step is rounded to it first.
+        step = (-lr * g).to(parameter.dtype).to(torch.float32)
+        parameter.detach().copy_(value + step)
         for copy in copies:
             copy.detach().copy_(parameter)
 

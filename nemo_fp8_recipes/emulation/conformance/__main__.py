@@ -101,7 +101,7 @@ def _made_of(tests: Path, part: Part) -> dict[str, Any]:
     package = Path(nemo_fp8_recipes.__file__).parent
     sources = [path for name in ("emulation", "numerics") for path in (package / name).rglob("*.*")]
     sources = sorted(
-        path for path in sources if path.suffix in (".py", ".cpp", ".h") and path.name not in _TELLING
+        path for path in sources if path.suffix in (".py", ".cpp", ".hpp") and path.name not in _TELLING
     )
     digest = hashlib.sha256()
     for path in [tests / part.file, *sources]:

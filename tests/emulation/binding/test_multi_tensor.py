@@ -117,3 +117,19 @@ def test_e8m0_scales(tex):
     assert out.tolist() == [127, 127, 0, 119, 254, 255]
     with pytest.raises(RuntimeError, match="amax should be bf16"):
         tex.multi_tensor_compute_scale_inv_e8m0(1, None, [[amax.float()], [out]])
+
+
+def test_sgd_in_fp16_equals_torch_bit_for_bit(tex):
+    parameter = torch.rand(4096, dtype=torch.float16)
+    reference = torch.nn.Parameter(parameter.clone())
+    optimizer = torch.optim.SGD([reference], lr=0.25, momentum=0.125)
+    velocity = torch.zeros_like(parameter)
+    for step in range(4):
+        grad = torch.rand_like(parameter)
+        reference.grad = grad.clone()
+        optimizer.step()
+        lists = [[grad], [parameter], [velocity]]
+        tex.multi_tensor_sgd(
+            65536, torch.zeros(1), lists, 0.0, 0.125, 0.0, 0.25, False, step == 0, False, 1.0
+        )
+        assert torch.equal(parameter, reference.detach())

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.tests / "test_recipe.py").is_file():
         print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
         return 2
+    options.tests = options.tests.resolve()  # pytest runs in there
     parts = _parts(options.files, options.sample)
     missing = [part.file for part in parts if not (options.tests / part.file).is_file()]
     for file in missing:

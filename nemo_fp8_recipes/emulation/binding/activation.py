@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.emulation.binding.dtypes import require_high_precision
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
 
 __all__ = ["GENERATED", "clamped_dswiglu", "clamped_swiglu", "gelu_backward", "gelu_forward"]
@@ -83,6 +84,7 @@ def _emit(result: Tensor, dtype: torch.dtype, quantizer: Any, caller: str) -> An
 
 
 def _fp32(x: Tensor) -> Tensor:
+    require_high_precision(x)
     return x.detach().to(torch.float32)
 
 

@@ -9,7 +9,7 @@ import torch
 from nemo_fp8_recipes.emulation.binding.checks import nvte_error
 from nemo_fp8_recipes.numerics.formats import E4M3, E5M2, Fp8Format
 
-__all__ = ["element_format", "fp8_format", "short_name", "torch_dtype"]
+__all__ = ["element_format", "fp8_format", "require_high_precision", "short_name", "torch_dtype"]
 
 _TORCH: dict[int, torch.dtype] = {
     0: torch.uint8,
@@ -25,6 +25,45 @@ _SHORT: dict[torch.dtype, str] = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
+
+
+# What TE calls the dtypes that its C++ knows and its kernels refuse; those that it does not know have the
+# number of torch's enum.
+_REFUSED: dict[torch.dtype, str] = {
+    torch.uint8: "Byte",
+    torch.bool: "Byte",
+    torch.int16: "Int16",
+    torch.int32: "Int32",
+    torch.int64: "Int64",
+    torch.float8_e4m3fn: "Float8E4M3",
+    torch.float8_e5m2: "Float8E5M2",
+}
+_UNKNOWN: dict[torch.dtype, int] = {
+    torch.int8: 1,
+    torch.float64: 7,
+    torch.complex32: 8,
+    torch.complex64: 9,
+    torch.complex128: 10,
+}
+
+
+def require_high_precision(x: torch.Tensor) -> None:
+    """What every kernel asks of a tensor that it reads: fp32, fp16 or bf16, and memory to read.
+
+    Raises:
+        RuntimeError: another dtype, in TE's words; a tensor without data (on the "meta" device).
+    """
+    if x.dtype not in _SHORT:
+        if x.dtype in _REFUSED:
+            nvte_error(
+                "common/common.h",
+                f"Unsupported dtype {_REFUSED[x.dtype]}. Expected one of: Float32, Float16, BFloat16.",
+            )
+        nvte_error("pytorch/csrc/common.h", f"Invalid type ({_UNKNOWN.get(x.dtype, x.dtype)}).")
+    if x.device.type != "cpu":
+        nvte_error(
+            "pytorch/csrc/common.h", f"The tensor is on {x.device}, and has to be on the emulated device."
+        )
 
 
 def torch_dtype(tag: Any) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.emulation.binding.dtypes import torch_dtype
+from nemo_fp8_recipes.emulation.binding.dtypes import require_high_precision, torch_dtype
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
 
 __all__ = ["layernorm_bwd", "layernorm_fwd", "rmsnorm_bwd", "rmsnorm_bwd_add", "rmsnorm_fwd"]
@@ -121,6 +121,7 @@ def _rmsnorm_bwd(
 
 def _rows(x: Tensor) -> Tensor:
     """fp32 [rows, hidden]."""
+    require_high_precision(x)
     return x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
 
 

@@ -16,7 +16,12 @@ from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCK, BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
-from nemo_fp8_recipes.emulation.binding.dtypes import element_format, fp8_format, short_name
+from nemo_fp8_recipes.emulation.binding.dtypes import (
+    element_format,
+    fp8_format,
+    require_high_precision,
+    short_name,
+)
 from nemo_fp8_recipes.emulation.binding.mxfp8 import BLOCK as MX_BLOCK
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, unswizzle
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
@@ -94,6 +99,7 @@ def operand(name: str, tensor: Any, *, columnwise: bool) -> Operand:
     """
     classes = te_classes()
     if not isinstance(tensor, classes.quantized_storage):
+        require_high_precision(tensor)
         return Operand(name, tensor, columnwise, tuple(tensor.shape), short_name(tensor.dtype), "none")
     direction = "column-wise" if columnwise else "row-wise"
     missing = f"Input {name} is missing {direction} usage"

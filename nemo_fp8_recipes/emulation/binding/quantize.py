@@ -17,7 +17,7 @@ from nemo_fp8_recipes.emulation.binding import operands
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
-from nemo_fp8_recipes.emulation.binding.dtypes import element_format, torch_dtype
+from nemo_fp8_recipes.emulation.binding.dtypes import element_format, require_high_precision, torch_dtype
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax_of
@@ -88,6 +88,7 @@ def quantize_as(
         noop: fp32 flag; where it is 1 nothing is written.
     """
     layout = layout_of(quantizer, caller)
+    require_high_precision(x)
     x = x.detach().contiguous()
     if output is not None:
         shape = adapt(layout, quantizer, output)

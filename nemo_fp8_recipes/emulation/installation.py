@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import types
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice, device
@@ -15,6 +17,7 @@ __all__ = ["active", "emulated", "install", "label", "patches", "uninstall"]
 
 _active: EmulatedDevice | None = None
 _ledger = PatchLedger()
+_imported_before: set[str] = set()
 
 
 def active() -> EmulatedDevice | None:
@@ -57,7 +60,9 @@ def install(name: str = "h100") -> EmulatedDevice:
         )
     # Idle OpenMP threads spin by default. The step is made of short operations, so on a machine that other
     # programs use too, spinning made it more than ten times slower. Read when torch loads its OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    passive = "OMP_WAIT_POLICY" not in os.environ
+    if passive:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         import torch
     except ImportError as error:
@@ -82,6 +87,14 @@ def install(name: str = "h100") -> EmulatedDevice:
     from nemo_fp8_recipes.emulation.te_import import import_transformer_engine
 
     megatron.require_not_imported()
+    _imported_before.clear()
+    _imported_before.update(sys.modules)
+    if passive:
+        _ledger.add(
+            "os.environ['OMP_WAIT_POLICY']",
+            "idle OpenMP threads that spin slow the emulated step down",
+            _let_threads_spin,
+        )
     try:
         torch_cuda.apply(_ledger, wanted)
         distributed.apply(_ledger)
@@ -96,22 +109,58 @@ def install(name: str = "h100") -> EmulatedDevice:
     return wanted
 
 
-def uninstall() -> None:
-    """Take back every change, in reverse order.
+def uninstall() -> tuple[str, ...]:
+    """Take back every change, in reverse order: of torch, of Transformer Engine, of `sys.modules`.
 
-    Modules that were imported meanwhile keep what they looked up at import: what remains is a process that no
-    longer poses, not one that never did.
+    What cannot be restored is other packages that were imported meanwhile (Megatron-Core, a program's own
+    modules): they keep what they looked up at import, functions of the posing device and Transformer Engine's
+    classes. They are named by a `RuntimeWarning` and returned; use a new process for what comes next.
+
+    Returns:
+        The modules that keep something of the emulated device, sorted.
     """
     global _active
+    changed = _ledger.stand_ins()
     _ledger.undo()
     _active = None
+    left = _keepers(changed)
+    if left:
+        packages = sorted({name.split(".")[0] for name in left})
+        warnings.warn(
+            f"The emulated device is gone, but {len(left)} modules of {', '.join(packages)} were imported on "
+            "it and keep what they looked up: they do not work with another device in this process.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return left
+
+
+def _let_threads_spin() -> None:
+    os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+def _keepers(changed: Collection[int]) -> tuple[str, ...]:
+    """Modules imported since `install` in whose names something of ours, or of TE, is left."""
+    own = ("torch", "transformer_engine", "transformer_engine_torch", __name__.split(".")[0])
+    found = []
+    for name, module in list(sys.modules.items()):
+        if name in _imported_before or name.split(".")[0] in own or not isinstance(module, types.ModuleType):
+            continue
+        for value in vars(module).values():
+            home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
+            from_te = isinstance(home, str) and home.split(".")[0].startswith("transformer_engine")
+            if id(value) in changed or from_te:
+                found.append(name)
+                break
+    return tuple(sorted(found))
 
 
 @contextmanager
 def emulated(name: str = "h100") -> Iterator[EmulatedDevice]:
     """`install` for the duration of a block.
 
-    In a process that poses as the same GPU already it changes nothing and leaves the device in place.
+    In a process that poses as the same GPU already it changes nothing and leaves the device in place. What
+    `uninstall` says of leaving holds here too.
     """
     outermost = _active is None
     posing = install(name)

@@ -34,11 +34,14 @@ class PatchLedger:
 
     def __init__(self) -> None:
         self._patches: list[Patch] = []
+        self._stand_ins: dict[int, Any] = {}
 
     def set(self, owner: Any, name: str, value: Any, reason: str) -> None:
         """Set the attribute `name` of a module or class; what the owner itself held before is remembered."""
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
+        if value is not before and callable(value):
+            self._stand_ins[id(value)] = value
 
         def undo() -> None:
             if before is _ABSENT:
@@ -73,10 +76,15 @@ class PatchLedger:
     def __len__(self) -> int:
         return len(self._patches)
 
+    def stand_ins(self) -> frozenset[int]:
+        """The ids of the functions and classes that `set` put in somebody's place."""
+        return frozenset(self._stand_ins)
+
     def undo(self) -> None:
         """Take every change back, the last one first."""
         while self._patches:
             self._patches.pop().undo()
+        self._stand_ins.clear()
 
 
 def _path(owner: Any) -> str:

@@ -87,6 +87,7 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
             "dequantize moves a tensor of another device to CUDA; internal storages have no `to`",
         )
     before = set(sys.modules)
+    _remember_what_te_changes(ledger)
     _settle_triton()
     try:
         with _environment(), placeholders(_OPTIONAL), warnings.catch_warnings():
@@ -105,6 +106,25 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         "sys.modules['transformer_engine*']",
         "a later import on a real device must start afresh",
         lambda: _forget_modules(before),
+    )
+
+
+def _remember_what_te_changes(ledger: PatchLedger) -> None:
+    """TE itself changes torch when it is imported (`pytorch/__init__.py`, `pytorch/tensor/__init__.py`)."""
+    import torch
+    from torch import serialization
+
+    reason = "Transformer Engine wraps it at import"
+    for name in ("float", "half", "bfloat16"):
+        ledger.set(torch.nn.Module, name, vars(torch.nn.Module)[name], reason)
+    marked = list(serialization.get_safe_globals())
+
+    def unmark() -> None:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(marked)
+
+    ledger.add(
+        "torch.serialization.add_safe_globals", "Transformer Engine marks its classes as safe to load", unmark
     )
 
 

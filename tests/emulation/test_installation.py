@@ -176,6 +176,74 @@ assert not [m for m in sys.modules if m.split(".")[0] in ("transformer_engine", 
     )
 
 
+def test_nothing_of_torch_or_the_environment_stays_changed() -> None:
+    run_python(
+        """
+import os, sys, types, warnings
+os.environ.pop("OMP_WAIT_POLICY", None)
+import torch
+from nemo_fp8_recipes import emulation
+
+def names():
+    seen = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != "torch" or not isinstance(module, types.ModuleType):
+            continue
+        for key, value in list(vars(module).items()):
+            seen[name, key] = value
+            if isinstance(value, type) and str(value.__module__).startswith("torch"):
+                for own, held in vars(value).items():
+                    seen[value.__module__, value.__qualname__, own] = held
+    return seen
+
+warnings.simplefilter("ignore", FutureWarning)
+warnings.simplefilter("error", RuntimeWarning)
+with emulation.emulated("h100"):  # torch's own lazy imports
+    import transformer_engine.pytorch
+safe, environment, modules = torch.serialization.get_safe_globals(), dict(os.environ), set(sys.modules)
+before = names()
+assert "OMP_WAIT_POLICY" not in environment
+for name in ("h100", "b200"):
+    with emulation.emulated(name):
+        import transformer_engine.pytorch as te
+        assert len(torch.serialization.get_safe_globals()) > len(safe)
+        with te.autocast(enabled=True):
+            te.Linear(32, 32)(torch.randn(32, 32, requires_grad=True)).sum().backward()
+    after = names()
+    changed = [key for key in before if after.get(key) is not before[key]]
+    assert set(changed) <= {("torch._weights_only_unpickler", "_marked_safe_globals_set")}, changed
+    assert not after.keys() - before.keys()
+    assert set(torch.serialization.get_safe_globals()) == set(safe)
+    assert dict(os.environ) == environment
+    assert set(sys.modules) == modules
+assert emulation.uninstall() == ()
+"""
+    )
+
+
+def test_leaving_names_the_modules_that_keep_something() -> None:
+    run_python(
+        """
+import sys, pathlib, tempfile, warnings
+import torch
+folder = pathlib.Path(tempfile.mkdtemp())
+(folder / "keeps_te.py").write_text("from transformer_engine.pytorch import Linear")
+(folder / "keeps_torch.py").write_text("from torch.cuda import is_available")
+(folder / "keeps_nothing.py").write_text("import torch; from torch import nn; x = torch.ones(1)")
+sys.path.insert(0, str(folder))
+from nemo_fp8_recipes import emulation
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with emulation.emulated("h100"):
+        import keeps_nothing, keeps_te, keeps_torch
+        import megatron.core.extensions.transformer_engine
+messages = [str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)]
+assert len(messages) == 1 and "keeps_te, keeps_torch, megatron were imported on it" in messages[0], messages
+assert "keeps_nothing" not in messages[0]
+"""
+    )
+
+
 def test_the_device_can_be_changed_by_installing_it_anew() -> None:
     """Also that nothing of the first Transformer Engine import is left in the binding."""
     run_python(

@@ -88,6 +88,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     if report.skipped:
         found = report.longrepr
         message = str(found[2] if isinstance(found, tuple) else found)
+    elif report.failed and call.excinfo is None:
+        message = str(report.longrepr)  # a test that was expected to fail, and passed
     elif report.failed and call.excinfo is not None:
         message = f"{call.excinfo.typename}: {call.excinfo.value}"
         where = [f"{Path(str(entry.path)).name}:{entry.lineno + 1}" for entry in call.excinfo.traceback][-6:]

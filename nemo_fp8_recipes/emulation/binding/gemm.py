@@ -5,10 +5,10 @@ Follows `gemm` and `te_general_grouped_gemm` in `pytorch/csrc/extensions/gemm.cp
 
 Operands are decoded to fp32 and multiplied in fp32; bias and accumulation are added to the fp32 result, which
 is rounded once to the output dtype. Two exceptions, both as TE's own tests have them:
-- GELU is applied to its input as that is saved, rounded: the same bits as from a GEMM and a GELU by themselves
-  (`test_identity_quantizer.py`).
-- Hopper's block-scaled GEMM rounds twice when it accumulates: the product (and bias) to the output dtype, then
-  the sum (`references/blockwise_fp8_gemm_reference.py`).
+- GELU is applied to its input as that is saved, rounded: the same bits as from a GEMM and a GELU by
+  themselves (`test_identity_quantizer.py`).
+- Hopper's block-scaled GEMM rounds twice when it accumulates: the product (and bias) to the output dtype,
+  then the sum (`references/blockwise_fp8_gemm_reference.py`).
 What is not followed: the order of summation, the reduced-precision accumulators that
 `use_split_accumulator=False` allows on Hopper, and TF32, which cuBLAS uses where every operand is fp32.
 """

@@ -26,8 +26,9 @@ usage: nemo-fp8 selftest [--recipe NAME]... [--export FILE] [--json]
 
 On a GPU node: quantise generated tensors of every nasty kind (zeros, subnormals, infinities, NaN, every
 16-bit value) with Transformer Engine's own kernels and with this package's numerics, and compare codes and
-scales bit for bit; likewise the fused amax update of delayed scaling. Says which recipes agree on this device
-with this release.
+scales bit for bit; likewise the fused amax update of delayed scaling. Stochastic rounding has no bits to
+compare: its codes must be neighbours of their values, and go up as often as the distance says. Says which
+recipes agree on this device with this release.
 
   --recipe NAME   only this recipe: delayed, tensorwise, blockwise, mxfp8, nvfp4
   --export FILE   keep what the kernels made (.npz): the format is in nemo_fp8_recipes/selftest/vectors.py

@@ -35,6 +35,7 @@ __all__ = [
     "dequantize",
     "gemm_scale",
     "global_scale",
+    "multiplier",
     "quantize_1d",
     "quantize_2d",
 ]
@@ -151,6 +152,20 @@ def dequantize(
     return _scaled(packed, scale).to(dtype)
 
 
+def multiplier(scale_e4m3: Tensor, amax: Tensor) -> Tensor:
+    """What the values of each block are multiplied with before they are rounded to E2M1.
+
+    Args:
+        scale_e4m3: uint8 [blocks down, blocks across].
+        amax: fp32, one element, or one for each row of blocks.
+
+    Returns:
+        fp32 of scale_e4m3's shape, at most FLT_MAX.
+    """
+    to_decode = torch.reciprocal(global_scale(amax.detach().reshape(-1, 1)))
+    return torch.reciprocal(cast.decode(scale_e4m3, E4M3).mul_(to_decode)).clamp_max_(FLT_MAX)
+
+
 def gemm_scale(
     amax_a: Tensor,
     amax_b: Tensor,
@@ -189,9 +204,7 @@ def _quantize(
     x = x.detach()
     wanted = block_amax(x, block).mul_(encode_scale * _SIXTH)
     scale = cast.saturating_cast(wanted, E4M3)
-    decode_scale = cast.decode(scale, E4M3).mul_(torch.reciprocal(encode_scale))
-    multiplier = torch.reciprocal(decode_scale).clamp_max_(FLT_MAX)
-    scaled = split(x.to(torch.float32), block) * multiplier[:, None, :, None]
+    scaled = split(x.to(torch.float32), block) * multiplier(scale, amax)[:, None, :, None]
     scaled = join(scaled, x.shape)
     codes = fp4.encode_stochastically(scaled, generator) if stochastic else fp4.encode(scaled)
     return Blocks(fp4.pack(codes), scale)

@@ -3,5 +3,6 @@
 cases.py     the quantisers, their options, and inputs of every nasty kind
 native.py    what the device's kernels make of a case
 expected.py  what numerics/ makes of it
+stochastic.py  where stochastic rounding may go, and how often
 vectors.py   both kept in a file, to be checked elsewhere
 """

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "QUANTIZERS", "RECIPES", "Case", "cases", "make_input"]
+__all__ = [
+    "HADAMARD_KINDS",
+    "KINDS",
+    "QUANTIZERS",
+    "RECIPES",
+    "STOCHASTIC_KINDS",
+    "Case",
+    "cases",
+    "make_input",
+]
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
 
@@ -30,15 +39,26 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], ...]] = {
         {"fmt": "e4m3", "dim": 1, "epsilon": 1e-3},
     ),
     "mxfp8": ({"fmt": "e4m3"}, {"fmt": "e5m2"}),
-    "nvfp4": ({"two_d": False}, {"two_d": True}),
+    "nvfp4": (
+        {"two_d": False},
+        {"two_d": True},
+        {"two_d": False, "hadamard": True},
+        {"two_d": False, "stochastic": True},
+    ),
 }
-"""Recipe -> the option sets of its quantiser. Stochastic rounding has no bits to compare; the Hadamard
-transform is left out because its sums depend on the order of summation."""
+"""Recipe -> the option sets of its quantiser."""
 
 KINDS = ("normal", "binades", "zeros", "subnormal", "largest", "special", "every_16_bit_value")
 """normal: N(0, 1). binades: over 24 of them. zeros: signed, whole blocks. subnormal: of the input's type.
 largest: at and next to the type's end. special: infinities and NaN among binades. every_16_bit_value: all
 finite ones in bf16 and fp16, as many in fp32."""
+
+HADAMARD_KINDS = ("narrow", "narrow_tiles")
+"""What the Hadamard transform is compared on: multiples of 1/16 below 128, whose sums are exact in whatever
+order a device adds them. narrow_tiles: of a shape that TE's fused kernel takes."""
+
+STOCHASTIC_KINDS = ("normal", "binades")
+"""What stochastic rounding is judged on, by its distribution (`stochastic.py`)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,7 @@ class Case:
     Attributes:
         recipe: one of `RECIPES`.
         options: of `QUANTIZERS`.
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or of those for an option.
         dtype: "fp32", "bf16" or "fp16".
     """
 
@@ -66,18 +86,26 @@ class Case:
 def cases(recipe: str) -> Iterator[Case]:
     """Every case of a recipe."""
     for options in QUANTIZERS[recipe]:
-        for kind in KINDS:
-            for dtype in ("fp32", "bf16", "fp16"):
+        kinds: tuple[str, ...] = KINDS
+        dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+        if options.get("hadamard"):
+            kinds, dtypes = HADAMARD_KINDS, ("bf16",)
+        elif options.get("stochastic"):
+            kinds = STOCHASTIC_KINDS
+        for kind in kinds:
+            for dtype in dtypes:
                 yield Case(recipe, kind, dtype, options)
 
 
 def make_input(kind: str, dtype: str) -> torch.Tensor:
-    """The input of a case, always the same: [128, 192] on the host, [256, 256] for every 16-bit value."""
+    """The input of a case, always the same: [128, 192] on the host, [256, 256] for every 16-bit value and
+    whole tiles.
+    """
     import torch
 
     element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    shape = (256, 256) if kind == "every_16_bit_value" else (128, 192)
-    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    shape = (256, 256) if kind in ("every_16_bit_value", "narrow_tiles") else (128, 192)
+    generator = torch.Generator().manual_seed((*KINDS, *HADAMARD_KINDS).index(kind))
     info = torch.finfo(element)
     x = torch.randn(shape, generator=generator)
     spread = torch.exp2(torch.randint(-12, 12, shape, generator=generator).to(torch.float32))
@@ -89,6 +117,10 @@ def make_input(kind: str, dtype: str) -> torch.Tensor:
         x[32:64] = -0.0
     elif kind == "subnormal":
         return (x.double() * info.tiny / 8).to(element)
+    elif kind in HADAMARD_KINDS:
+        sixteenths = torch.randint(-255, 256, shape, generator=generator).to(torch.float32)
+        outlier = torch.rand(shape, generator=generator) < 1 / 16
+        return torch.where(outlier, sixteenths / 2, sixteenths / 16).to(element)
     elif kind == "largest":
         ends = torch.tensor([info.max, -info.max, info.max / 2, info.tiny, info.eps], dtype=torch.float64)
         return ends[torch.randint(0, len(ends), shape, generator=generator)].to(element)

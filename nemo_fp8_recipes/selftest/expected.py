@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes import numerics
-from nemo_fp8_recipes.numerics import FORMATS, blockwise, mxfp8, nvfp4, tensorwise
+from nemo_fp8_recipes.numerics import FORMATS, blockwise, hadamard, mxfp8, nvfp4, tensorwise
 from nemo_fp8_recipes.numerics.scale import reciprocal
 from nemo_fp8_recipes.selftest.cases import Case
 
@@ -64,10 +64,13 @@ def _mxfp8(case: Case, x: Tensor) -> dict[str, Tensor]:
 
 
 def _nvfp4(case: Case, x: Tensor) -> dict[str, Tensor]:
-    largest = numerics.amax(x).reshape(1)
     two_d = case.options["two_d"]
     found = {}
-    for direction, matrix in (("rowwise", x), ("columnwise", x.t().contiguous())):
+    columns = x.t().contiguous()
+    if case.options.get("hadamard"):
+        columns = hadamard.random_hadamard_transform(columns)
+    for direction, matrix in (("rowwise", x), ("columnwise", columns)):
+        largest = numerics.amax(matrix).reshape(1)
         packed, scale = (nvfp4.quantize_2d if two_d else nvfp4.quantize_1d)(matrix, largest)
         found[f"{direction}_data"] = packed
         found[f"{direction}_scale_inv"] = scale.repeat_interleave(16, dim=0) if two_d else scale

@@ -110,4 +110,12 @@ def _quantizer(case: Case) -> Any:
         return mxfp8_tensor.MXFP8Quantizer(fmt, rowwise=True, columnwise=True)
     from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
 
-    return NVFP4Quantizer(rowwise=True, columnwise=True, with_2d_quantization=options["two_d"])
+    hadamard = bool(options.get("hadamard"))
+    return NVFP4Quantizer(
+        rowwise=True,
+        columnwise=True,
+        with_2d_quantization=options["two_d"],
+        with_rht=hadamard,
+        with_post_rht_amax=hadamard,
+        stochastic_rounding=bool(options.get("stochastic")),
+    )

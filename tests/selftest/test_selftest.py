@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_fp8_recipes import cli
+from nemo_fp8_recipes import cli, numerics
+from nemo_fp8_recipes.numerics import fp4, nvfp4
 from nemo_fp8_recipes.selftest import compare, native, vectors
-from nemo_fp8_recipes.selftest.cases import KINDS, RECIPES, Case, cases, make_input
+from nemo_fp8_recipes.selftest.cases import HADAMARD_KINDS, KINDS, RECIPES, Case, cases, make_input
 from tests.support.processes import run_python
 
 
 def test_inputs_are_the_same_every_time_and_reach_what_they_claim() -> None:
-    for kind in KINDS:
+    for kind in (*KINDS, *HADAMARD_KINDS):
         for dtype in ("fp32", "bf16", "fp16"):
             x = make_input(kind, dtype)
             assert torch.equal(x.nan_to_num(), make_input(kind, dtype).nan_to_num())
@@ -42,7 +43,7 @@ def test_every_case_agrees_and_is_exported_for_others_to_check(
         assert verdict["differing"] == {}
         assert verdict["compared"] == (12 if name == "amax update" else len(list(cases(name))))
 
-    assert cli.main(["selftest", "--recipe", "mxfp8", "--recipe", "delayed", "--export", str(file)]) == 0
+    assert cli.main(["selftest", "--recipe", "mxfp8", "--recipe", "nvfp4", "--export", str(file)]) == 0
     capsys.readouterr()
     assert cli.main(["selftest", "--check", str(file)]) == 0
     shown = capsys.readouterr().out
@@ -52,9 +53,7 @@ def test_every_case_agrees_and_is_exported_for_others_to_check(
     about, recorded = vectors.read(file)
     entries = list(recorded)
     assert (
-        len(entries)
-        == len(about["cases"])
-        == sum(len(list(cases(recipe))) for recipe in ("mxfp8", "delayed"))
+        len(entries) == len(about["cases"]) == sum(len(list(cases(recipe))) for recipe in ("mxfp8", "nvfp4"))
     )
     case, x, buffers = next(entry for entry in entries if entry[0].recipe == "mxfp8")
     buffers["columnwise_scale_inv"][3, 5] ^= 1
@@ -78,6 +77,43 @@ def test_a_kernel_that_differs_is_told_with_the_case_and_status_1(
     shown = capsys.readouterr().out
     assert "tensorwise   DIFFERS in 12 of 84 cases" in shown
     assert "tensorwise[fmt=e4m3]/special/fp32: data differs in 1 of 24576, first at (0, 7)" in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("nearest", "went up"),
+        ("always up", "went up"),
+        ("too far", "not neighbours"),
+        ("sign", "not neighbours"),
+        ("scale", "1 scales differ"),
+        ("amax", "amax is 7.0"),
+    ],
+)
+def test_stochastic_rounding_that_is_none_is_found(wrong: str, message: str) -> None:
+    x = make_input("normal", "bf16")
+    largest = numerics.amax(x).reshape(1)
+    found: dict[str, torch.Tensor] = {}
+    for direction, matrix in (("rowwise", x), ("columnwise", x.t().contiguous())):
+        generator = torch.Generator().manual_seed(3)
+        quantized = nvfp4.quantize_1d(matrix, largest, stochastic=wrong != "nearest", generator=generator)
+        found[f"{direction}_data"], found[f"{direction}_scale_inv"] = quantized
+        found[f"amax_{direction}"] = largest.clone()
+    if wrong == "always up":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fp4, "random_bits", lambda like, _: torch.full(like.shape, 255).to(torch.uint8))
+            found["rowwise_data"] = nvfp4.quantize_1d(x, largest, stochastic=True).packed
+    elif wrong == "too far":
+        found["columnwise_data"][0] ^= 0x44
+    elif wrong == "sign":
+        found["columnwise_data"][3, 3] ^= 0x80
+    elif wrong == "scale":
+        found["rowwise_scale_inv"][5, 5] ^= 1
+    elif wrong == "amax":
+        found["amax_columnwise"] = torch.tensor([7.0])
+    case = Case("nvfp4", "normal", "bf16", {"two_d": False, "stochastic": True})
+    (verdict,) = compare.compare([(case, x, found)]).values()
+    assert message in verdict.differing[case.name]
 
 
 def test_a_wrong_amax_update_is_found() -> None:

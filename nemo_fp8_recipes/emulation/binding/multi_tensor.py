@@ -1,4 +1,4 @@
-"""Operations over lists of tensors: optimizer steps, norms, scaling, scales of many weights at once.
+"""Operations over lists of tensors: SGD steps, norms, scaling, scales of many weights at once.
 
 Follows `pytorch/csrc/extensions/multi_tensor/*.cpp` and `common/multi_tensor/*.cu` of Transformer Engine. All
 compute in fp32 and write in place. `chunk_size` only cuts the work into thread blocks.
@@ -18,7 +18,6 @@ from nemo_fp8_recipes.numerics.formats import E4M3
 from nemo_fp8_recipes.numerics.scale import reciprocal, scale_from_amax
 
 __all__ = [
-    "multi_tensor_adam",
     "multi_tensor_compute_scale_and_scale_inv",
     "multi_tensor_compute_scale_inv_e8m0",
     "multi_tensor_l2norm",
@@ -29,62 +28,6 @@ __all__ = [
 ]
 
 TensorLists = Sequence[Sequence[Tensor]]
-
-L2_MODE, DECOUPLED_MODE = 0, 1
-
-
-def multi_tensor_adam(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: TensorLists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
-    """One Adam step.
-
-    Args:
-        tensor_lists: gradients, parameters, first and second moments, and optionally fp32 master parameters,
-            which are then what is stepped; the parameters receive the rounded result.
-        step: number of this step, counted from 1.
-        mode: 0 adds weight decay to the gradient (Adam), 1 to the update (AdamW).
-        bias_correction: 1 to correct the moments for their start at zero.
-    """
-    nvte_check(
-        len(tensor_lists) in (4, 5),
-        "common/multi_tensor/adam.cu",
-        f"Expected 4 or 5 tensor lists, but found {len(tensor_lists)}",
-    )
-    for number, tensors in enumerate(tensor_lists):
-        nvte_check(
-            len(tensors) == len(tensor_lists[0]),
-            "common/multi_tensor/adam.cu",
-            f"Tensor list {number} has size={len(tensors)}, but expected size={len(tensor_lists[0])}",
-        )
-    correction1 = 1.0 - beta1**step if bias_correction == 1 else 1.0
-    correction2 = 1.0 - beta2**step if bias_correction == 1 else 1.0
-    for grad, parameter, first, second, *master in zip(*tensor_lists, strict=True):
-        target = master[0] if master else parameter
-        value = target.detach().to(torch.float32)
-        g = grad.detach().to(torch.float32)
-        if mode == L2_MODE:
-            g = g + weight_decay * value
-        m = beta1 * first.detach().to(torch.float32) + (1.0 - beta1) * g
-        v = beta2 * second.detach().to(torch.float32) + (1.0 - beta2) * g * g
-        update = (m / correction1) / ((v / correction2).sqrt_() + epsilon)
-        if mode == DECOUPLED_MODE:
-            update.add_(value, alpha=weight_decay)
-        stepped = value - lr * update
-        first.detach().copy_(m)
-        second.detach().copy_(v)
-        parameter.detach().copy_(stepped)
-        if master:
-            target.detach().copy_(stepped)
 
 
 def multi_tensor_sgd(

@@ -133,3 +133,69 @@ def test_sgd_in_fp16_equals_torch_bit_for_bit(tex):
             65536, torch.zeros(1), lists, 0.0, 0.125, 0.0, 0.25, False, step == 0, False, 1.0
         )
         assert torch.equal(parameter, reference.detach())
+
+
+def adam(tex, variant, lists, *, step=1, lr=0.01, mode=1, weight_decay=0.1, noop=0.0, **more):
+    capturable = "capturable" in variant
+    options = [lr, 0.9, 0.95, 1e-8, step, mode, 1, weight_decay]
+    if capturable:
+        options[0], options[4] = torch.tensor([lr]), torch.tensor([step], dtype=torch.int32)
+    getattr(tex, variant)(65536, torch.tensor([noop]), lists, *options, *more.values())
+
+
+def test_capturable_adam_unscales_its_gradients_and_steps_like_the_other(tex):
+    for masters in (False, True):
+        dtype = torch.bfloat16 if masters else torch.float32
+        exact = tensors()
+        plain, captured = ([t.to(dtype) for t in exact] for _ in range(2))
+        lists = [], []
+        for which, parameters in zip(lists, (plain, captured), strict=True):
+            moments = [torch.zeros_like(t) for t in exact], [torch.zeros_like(t) for t in exact]
+            which.extend([None, parameters, *moments] + ([[t.clone() for t in exact]] if masters else []))
+        name = "multi_tensor_adam_capturable" + ("_master" if masters else "")
+        for step in (1, 2):
+            grads = [t.to(dtype) for t in tensors()]
+            scaled = [g * 8.0 for g in grads]
+            lists[0][0], lists[1][0] = grads, scaled
+            adam(tex, "multi_tensor_adam", lists[0], step=step)
+            adam(tex, name, lists[1], step=step, inv_scale=torch.tensor([0.125]))
+            assert all(torch.equal(a, b) for a, b in zip(scaled, grads, strict=True))
+        before = [t.clone() for t in captured]
+        adam(tex, name, lists[1], step=3, noop=1.0, inv_scale=torch.tensor([1.0]))
+        for found, expected, kept in zip(captured, plain, before, strict=True):
+            assert torch.equal(found, expected)
+            assert torch.equal(found, kept)
+
+
+def test_adam_with_remainders_keeps_the_fp32_master_in_two_halves(tex):
+    master = torch.randn(4096)
+    bits = master.view(torch.int32)
+    remainder = bits.to(torch.int16)
+    parameter = ((bits >> 16) + (remainder < 0)).to(torch.int16).view(torch.bfloat16)
+    moments = [torch.zeros(4096) for _ in range(4)]
+    reference = master.clone()
+    for step in (1, 2, 3):
+        grad = torch.randn(4096).to(torch.bfloat16)
+        adam(tex, "multi_tensor_adam", [[grad], [reference], [moments[0]], [moments[1]]], step=step)
+        lists = [[grad], [parameter], [moments[2]], [moments[3]], [remainder]]
+        adam(tex, "multi_tensor_adam_param_remainder", lists, step=step)
+        high = parameter.view(torch.int16).int() - (remainder < 0).int()
+        assert torch.equal(((high << 16) | (remainder.int() & 0xFFFF)).view(torch.float32), reference)
+        # To nearest; a tie goes away from zero, where a cast takes the even neighbour.
+        tie = (reference.view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(parameter[~tie], reference.to(torch.bfloat16)[~tie])
+
+
+def test_adam_on_fp8_weights_casts_the_master_with_the_given_scale(te, tex):
+    master, grad = torch.randn(64, 32), torch.randn(64, 32)
+    reference, moments = master.clone(), [torch.zeros(64, 32) for _ in range(4)]
+    codes, scale = torch.zeros(64, 32, dtype=torch.uint8), torch.tensor([200.0])
+    largest, scale_inv = torch.tensor([0.5]), torch.zeros(1)
+    adam(tex, "multi_tensor_adam", [[grad], [reference], [moments[0]], [moments[1]]])
+    lists = [[grad], [codes], [moments[2]], [moments[3]], [master], [scale], [largest], [scale_inv]]
+    adam(tex, "multi_tensor_adam_fp8", lists, fp8_dtype=te.DType.kFloat8E4M3)
+    assert torch.equal(master, reference)
+    expected = (reference * 200.0).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    assert torch.equal(codes.view(torch.float8_e4m3fn).float(), expected.float())
+    assert largest.item() == reference.abs().max().item()
+    assert scale_inv.item() == np.float32(1.0) / np.float32(200.0)

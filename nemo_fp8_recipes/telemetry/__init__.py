@@ -68,6 +68,7 @@ def attach(
 
     Raises:
         ConfigError: no such sink, or an interval out of range.
+        RunDirectoryError: another process writes to the directory.
     """
     import torch
     import torch.distributed as dist

@@ -76,7 +76,8 @@ def check(run_dir: Path, flushed: int) -> int:
 
 def main(run_dir: Path, rounds: int, seed: int) -> None:
     chance = random.Random(seed)
-    build(["parquet", "jsonl"], run_dir, METADATA)  # what it imports, every child has
+    for sink in build(["parquet", "jsonl"], run_dir, METADATA):  # what it imports, every child has
+        sink.close()
     last, merged, leftovers = 0, 0, 0
     for _ in range(rounds):
         resume_at = chance.randint(max(0, last - 5), last)

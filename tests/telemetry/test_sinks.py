@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.errors import ConfigError, RunDirectoryError
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
@@ -229,6 +229,28 @@ def test_a_wandb_run_of_the_job_keeps_its_own_steps() -> None:
     assert ("define", "fp8/*", "fp8/step") in run.calls
     assert ("alert", "FP8 saturation", "step 2: clipped: raise the margin") in run.calls
     assert all(call[0] != "finish" for call in run.calls)
+
+
+def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
+    """The second is refused while the first lives, and let in when it was killed."""
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; from pathlib import Path; from nemo_fp8_recipes.telemetry.sinks import build\n"
+        "build(['parquet'], Path(sys.argv[1]), {}); print('writing', flush=True); sys.stdin.read()",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "writing\n"
+        with pytest.raises(RunDirectoryError, match=f"Another process writes telemetry to {tmp_path}"):
+            build(["parquet"], tmp_path, METADATA)
+        first.kill()
+    (sink,) = build(["parquet"], tmp_path, METADATA)
+    sink.values(step(1))
+    sink.close()
+    sink.close()
+    assert store.steps(tmp_path) == (1, 1)
 
 
 def test_a_wandb_alert_is_raised_once_though_the_call_is_tried_again() -> None:

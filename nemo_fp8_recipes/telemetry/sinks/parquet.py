@@ -15,6 +15,7 @@ from nemo_fp8_recipes.telemetry.series import StepValues
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
 from nemo_fp8_recipes.telemetry.store import StoreWriter
 from nemo_fp8_recipes.telemetry.store.alerts import AlertLog
+from nemo_fp8_recipes.telemetry.store.claim import Claim
 
 __all__ = ["ParquetSink"]
 
@@ -29,12 +30,16 @@ class ParquetSink(Sink):
     Args:
         run_dir: the run directory.
         metadata: kept in every file: recipe, device, world size, versions.
+
+    Raises:
+        RunDirectoryError: another process writes there.
     """
 
     name = "parquet"
 
     def __init__(self, run_dir: Path, metadata: Mapping[str, Any]) -> None:
         self._run_dir = run_dir
+        self._claim = Claim(run_dir)
         self._writer = StoreWriter(run_dir, metadata)
         self._alerts = AlertLog(run_dir)
         self._waiting: list[StepValues] = []
@@ -73,6 +78,7 @@ class ParquetSink(Sink):
             self.flush()
         finally:
             self._finish_merging()
+            self._claim.release()
 
     def unwritten(self) -> int:
         return sum(len(values) for values in self._waiting)

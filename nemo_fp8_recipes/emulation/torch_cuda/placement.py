@@ -159,16 +159,17 @@ def _answer_for_the_device(ledger: PatchLedger) -> None:
     type_of = torch.Tensor.type
 
     def is_cuda(self: torch.Tensor) -> bool:
-        return self.device.type == "cpu" and not _asked_by_torch()
+        return self.device.type == "cpu" and not _asked_by("torch")
 
     def is_cpu(self: torch.Tensor) -> bool:
-        return self.device.type == "cpu" and _asked_by_torch()
+        # What writes checkpoints has brought the tensor to the host, and makes sure of it.
+        return self.device.type == "cpu" and _asked_by("torch", "megatron.core.dist_checkpointing")
 
     @functools.wraps(type_of)
     def redirected_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             name: str = type_of(self)
-            if self.device.type != "cpu" or _asked_by_torch():
+            if self.device.type != "cpu" or _asked_by("torch"):
                 return name
             return name.replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):
@@ -187,7 +188,7 @@ def _answer_for_the_device(ledger: PatchLedger) -> None:
     )
 
 
-def _asked_by_torch() -> bool:
-    """Whether the code that called our caller belongs to torch."""
-    module = sys._getframe(2).f_globals.get("__name__", "")
-    return module == "torch" or module.startswith("torch.")
+def _asked_by(*packages: str) -> bool:
+    """Whether the code that called our caller belongs to one of these packages."""
+    module = sys._getframe(2).f_globals.get("__name__", "") + "."
+    return module.startswith(tuple(f"{package}." for package in packages))

@@ -103,3 +103,57 @@ def test_a_run_that_goes_on_with_another_tp_size(tmp_path: Path) -> None:
     assert len(modules) == 2 * 4
     assert {key[0] for key in keys} == set(range(1, 8))
     assert len(keys) == 7 * 8 * 3
+
+
+def test_what_delayed_scaling_would_have_done_goes_on_where_a_run_is_resumed(tmp_path: Path) -> None:
+    """Each rank's histories are of its own shard: the writer reads them back for all of them."""
+    run_ranks(
+        f"""
+        import nemo_fp8_recipes, torch.distributed as dist
+        from nemo_fp8_recipes import telemetry
+        from tests.support.gpt import Trainer
+
+        def attach(trainer, name):
+            return telemetry.attach(
+                trainer.model, nemo_fp8_recipes.load("tensorwise"),
+                directory=None if dist.get_rank() == 0 else {str(tmp_path)!r} + "/" + name,
+                log_every=1, stats_every=1, sinks=["parquet"], is_writer=dist.get_rank() == 1,
+                whatif=["*linear_fc2/*", "*.layers.1.*/weight"],
+            )
+
+        def steps(trainer, recorder, numbers):
+            for step in numbers:
+                recorder.begin_step(step)
+                trainer.step()
+                recorder.end_step(step)
+
+        for kind, options in (("tp", dict(tp=2)), ("pp", dict(pp=2, micro_batches=2))):
+            trainer = Trainer(recipe="tensorwise", **options)
+            recorder = attach(trainer, kind + "-whole")
+            steps(trainer, recorder, range(1, 7))
+            recorder.close()
+            trainer = Trainer(recipe="tensorwise", **options)
+            recorder = attach(trainer, kind + "-resumed")
+            steps(trainer, recorder, range(1, 4))
+            recorder.flush()
+            recorder.close()
+            recorder = attach(trainer, kind + "-resumed")
+            recorder.truncate_after(3)
+            steps(trainer, recorder, range(4, 7))
+            recorder.close()
+        """,
+        timeout=300,
+        tmp_path=tmp_path,
+    )
+
+    def rows(name: str) -> dict[tuple[Any, ...], str]:
+        keys = ("step", "module", "tensor", "stat")
+        table = store.read(tmp_path / name).to_pylist()
+        found = {tuple(row[key] for key in keys): repr((row["value"], row["values"])) for row in table}
+        return {key: value for key, value in found.items() if key[3].startswith("whatif/delayed/")}
+
+    for kind in ("tp", "pp"):
+        whole, resumed = rows(f"{kind}-whole"), rows(f"{kind}-resumed")
+        assert len([key for key in whole if key[0] > 3 and key[3].endswith("sqnr")]) > 10
+        assert {key[1].split(".layers.")[1][0] for key in whole} == {"0", "1"}
+        assert resumed == whole

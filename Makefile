@@ -11,6 +11,7 @@
 #   make train-bridge / make test-bridge         Megatron-Bridge's trainer, likewise ($(VENV_BRIDGE))
 #   make test-presets                            presets and models against NeMo's and Bridge's own sources
 #   make test-preflight                          preflight against the real stack on hundreds of random jobs
+#   make test-te-versions                        the emulated binding under the older Transformer Engines it knows
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
@@ -32,7 +33,7 @@ PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm test-conformance train-nemo test-nemo train-bridge test-bridge test-presets test-preflight lint clean
+.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm test-conformance train-nemo test-nemo train-bridge test-bridge test-presets test-preflight test-te-versions lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -110,6 +111,22 @@ test-presets: $(VENV)/.installed-test
 
 test-preflight: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m preflight tests/preflight $(ARGS)
+
+# Other releases of Transformer Engine, their Python part alone, in front of the one that is installed.
+TE_VERSIONS ?= 2.11.0 2.14.1 2.17.1
+test-te-versions: $(TE_VERSIONS:%=$(VENV)/te-%/.installed)
+	set -e; for version in $(TE_VERSIONS); do \
+	  echo "-- Transformer Engine $$version"; \
+	  PYTHONPATH=$(abspath $(VENV))/te-$$version NEMO_FP8_TE_VERSION=$$version OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q tests/stages/te_versions tests/emulation/binding tests/numerics/test_te_references.py \
+	    tests/targets/test_transformer_engine.py tests/injection/test_extra_state.py $(ARGS); \
+	done
+
+$(VENV)/te-%/.installed: $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
+	  --target $(@D) transformer_engine==$*
+	@touch $@
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -1,10 +1,9 @@
 """The state of delayed scaling in a NeMo checkpoint, read without running what is in it.
 
 Megatron saves each module's `_extra_state`, which for delayed scaling is a pickle of Transformer Engine's.
-Transformer Engine 2.20 refuses to load it unless an environment variable allows it to run code, so that NeMo
-cannot resume a run with delayed scaling. Here the four tensors are taken out of the pickle by an unpickler
-that knows nothing but tensors and plain values, and put back into the modules.
-"""
+Transformer Engine since 2.17.1 refuses to load it unless an environment variable allows it to run code, so
+that NeMo cannot resume a run with delayed scaling. Here the four tensors are taken out of the pickle by an
+unpickler that knows nothing but tensors and plain values, and put back into the modules."""
 
 from __future__ import annotations
 

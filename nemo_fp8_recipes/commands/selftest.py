@@ -91,6 +91,7 @@ def run(arguments: list[str]) -> int:
 def _compare(chosen: list[str], export: Path | None, *, device: str, as_json: bool) -> int:
     from nemo_fp8_recipes.selftest import native, vectors
     from nemo_fp8_recipes.selftest.compare import Verdict, compare, compare_update
+    from nemo_fp8_recipes.targets.transformer_engine import installed_version
     from nemo_fp8_recipes.training.versions import installed_versions
 
     recorded: list[Recorded] = []
@@ -100,7 +101,7 @@ def _compare(chosen: list[str], export: Path | None, *, device: str, as_json: bo
         if reason is not None:
             verdicts[recipe] = Verdict(not_run=reason)
             continue
-        for case in cases(recipe):
+        for case in cases(recipe, installed_version()):
             x = make_input(case.kind, case.dtype)
             recorded.append((case, x, native.native(case, x)))
     verdicts |= compare(recorded)

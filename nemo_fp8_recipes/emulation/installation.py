@@ -69,7 +69,7 @@ def install(name: str = "h100") -> EmulatedDevice:
         raise EmulationError(
             f"The emulated device needs PyTorch, which cannot be imported: {error}.",
             hint="pip install 'nemo-fp8-recipes[cpu]' brings the emulated stack: torch 2.6 or later, "
-            "megatron-core 0.15 or 0.16, transformer-engine 2.20.",
+            "megatron-core 0.15 or 0.16, transformer-engine 2.20 (or 2.11, 2.14, 2.17).",
         ) from error
 
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """Restoring delayed scaling from the checkpoints of other trainers without running code that is in them.
 
 Transformer Engine pickles a module's amax histories, scales and recipe into its `_extra_state`, and since
-2.20 refuses to load that unless NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1, because loading a pickle can run any
-code (`transformer_engine/pytorch/_extra_state.py`). Here each of them is read first by an unpickler that
+2.17.1 refuses to load that unless NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1, because loading a pickle can run
+any code (`transformer_engine/pytorch/_extra_state.py`). Here each of them is read first by an unpickler that
 knows nothing but what Transformer Engine puts there. What names anything else stays refused.
 """
 

@@ -10,6 +10,9 @@ never stored: whoever reads the tensor makes it from the amax again.
     codes           E2M1(x * min(1 / (s * (1 / S)), FLT_MAX))   to nearest or stochastically
     value           code * (s * amax * fp32(1 / (6 * 448)))
 
+Transformer Engine up to 2.13 divides instead: s = E4M3((block amax / 6) * S), which rounds once more and
+differs in the last bit of some scales.
+
 Columnwise data is that of the transposed matrix. A NaN does not reach the scales and becomes +6. One kernel
 differs there: `row_cast_col_hadamard_transform_cast_fusion.cu`, taken for bf16 matrices of whole tiles with
 the Hadamard transform, gives a block with a NaN the scale NaN.
@@ -82,7 +85,12 @@ def global_scale(amax: Tensor, e4m3_max: int = _E4M3_MAX) -> Tensor:
 
 
 def quantize_1d(
-    x: Tensor, amax: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None
+    x: Tensor,
+    amax: Tensor,
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+    divided: bool = False,
 ) -> Blocks:
     """Quantise in blocks of 1x16, along a row.
 
@@ -92,6 +100,7 @@ def quantize_1d(
             elements, one a row ("row-scaled").
         stochastic: round the elements stochastically. The scales are always rounded to nearest.
         generator: where stochastic rounding takes its bits from, torch's default when None.
+        divided: find the blocks' scales as Transformer Engine did up to 2.13.
 
     Returns:
         packed [M, K / 2], scale_e4m3 [M, K / 16].
@@ -99,11 +108,16 @@ def quantize_1d(
     Raises:
         RecipeError: K is not a multiple of 16.
     """
-    return _quantize(x, amax, _ROWWISE, stochastic, generator)
+    return _quantize(x, amax, _ROWWISE, stochastic, generator, divided)
 
 
 def quantize_2d(
-    x: Tensor, amax: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None
+    x: Tensor,
+    amax: Tensor,
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+    divided: bool = False,
 ) -> Blocks:
     """Quantise in blocks of 16x16; the scales of the transposed matrix are the transposed ones.
 
@@ -112,7 +126,7 @@ def quantize_2d(
     Returns:
         packed [M, K / 2], scale_e4m3 [ceil(M / 16), K / 16].
     """
-    return _quantize(x, amax, _SQUARE, stochastic, generator)
+    return _quantize(x, amax, _SQUARE, stochastic, generator, divided)
 
 
 def block_values(packed: Tensor, scale_e4m3: Tensor) -> Tensor:
@@ -192,7 +206,12 @@ def gemm_scale(
 
 
 def _quantize(
-    x: Tensor, amax: Tensor, block: BlockShape, stochastic: bool, generator: torch.Generator | None
+    x: Tensor,
+    amax: Tensor,
+    block: BlockShape,
+    stochastic: bool,
+    generator: torch.Generator | None,
+    divided: bool,
 ) -> Blocks:
     if x.shape[1] % BLOCK:
         raise RecipeError(
@@ -202,7 +221,11 @@ def _quantize(
         )
     encode_scale = global_scale(amax.detach().reshape(-1, 1))
     x = x.detach()
-    wanted = block_amax(x, block).mul_(encode_scale * _SIXTH)
+    largest = block_amax(x, block)
+    if divided:
+        wanted = largest.div_(fp4.E2M1_MAX).mul_(encode_scale)
+    else:
+        wanted = largest.mul_(encode_scale * _SIXTH)
     scale = cast.saturating_cast(wanted, E4M3)
     scaled = split(x.to(torch.float32), block) * multiplier(scale, amax)[:, None, :, None]
     scaled = join(scaled, x.shape)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nemo_fp8_recipes.targets.versions import at_least
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +48,7 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], ...]] = {
         {"two_d": False, "stochastic": True},
     ),
 }
-"""Recipe -> the option sets of its quantiser."""
+"""Recipe -> the option sets of its quantiser; "divided" is added where TE's release has that rule."""
 
 KINDS = ("normal", "binades", "zeros", "subnormal", "largest", "special", "every_16_bit_value")
 """normal: N(0, 1). binades: over 24 of them. zeros: signed, whole blocks. subnormal: of the input's type.
@@ -83,9 +85,15 @@ class Case:
         return f"{self.recipe}[{options}]/{self.kind}/{self.dtype}"
 
 
-def cases(recipe: str) -> Iterator[Case]:
-    """Every case of a recipe."""
-    for options in QUANTIZERS[recipe]:
+NVFP4_DIVIDES_BEFORE = "2.14"
+"""Transformer Engine releases before this one find NVFP4's block scales by a division."""
+
+
+def cases(recipe: str, te_version: str | None = None) -> Iterator[Case]:
+    """Every case of a recipe, for a release of Transformer Engine; None: the newest."""
+    older = te_version is not None and not at_least(te_version, NVFP4_DIVIDES_BEFORE)
+    rule = {"divided": True} if recipe == "nvfp4" and older else {}
+    for options in ({**each, **rule} for each in QUANTIZERS[recipe]):
         kinds: tuple[str, ...] = KINDS
         dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
         if options.get("hadamard"):

@@ -64,14 +64,15 @@ def _mxfp8(case: Case, x: Tensor) -> dict[str, Tensor]:
 
 
 def _nvfp4(case: Case, x: Tensor) -> dict[str, Tensor]:
-    two_d = case.options["two_d"]
+    two_d, divided = case.options["two_d"], case.options.get("divided", False)
     found = {}
     columns = x.t().contiguous()
     if case.options.get("hadamard"):
         columns = hadamard.random_hadamard_transform(columns)
     for direction, matrix in (("rowwise", x), ("columnwise", columns)):
         largest = numerics.amax(matrix).reshape(1)
-        packed, scale = (nvfp4.quantize_2d if two_d else nvfp4.quantize_1d)(matrix, largest)
+        quantize = nvfp4.quantize_2d if two_d else nvfp4.quantize_1d
+        packed, scale = quantize(matrix, largest, divided=divided)
         found[f"{direction}_data"] = packed
         found[f"{direction}_scale_inv"] = scale.repeat_interleave(16, dim=0) if two_d else scale
         found[f"amax_{direction}"] = largest

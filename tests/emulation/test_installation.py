@@ -64,7 +64,7 @@ def test_h100_refuses_mxfp8_in_transformer_engines_own_autocast() -> None:
         try:
             with te.autocast(enabled=True, recipe=MXFP8BlockScaling()):
                 te.Linear(64, 64)(torch.randn(32, 64, device="cuda"))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # up to 2.14 an assertion
             result(str(error))
         """,
         device="h100",
@@ -131,7 +131,7 @@ import importlib.metadata as metadata
 version = metadata.version
 metadata.version = lambda name: "9.9.0" if name == "transformer-engine" else version(name)
 """,
-        r"9\.9\.0 cannot be emulated.*2\.20",
+        r"9\.9\.0 cannot be emulated: tested are 2\.11, 2\.14, 2\.17 and 2\.20\.",
     )
 
 

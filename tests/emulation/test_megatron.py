@@ -137,7 +137,7 @@ def test_an_h100_trains_blockwise_in_blocks_and_refuses_mxfp8() -> None:
         try:
             Trainer("mxfp8").train(1)
             refusal = None
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # up to 2.14 an assertion
             refusal = str(error)
         scalings = sorted({operand.scaling for gemm in seen.gemms for operand in (gemm.a, gemm.b)})
         result({"losses": losses, "scalings": scalings, "refusal": refusal})

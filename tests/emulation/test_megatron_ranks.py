@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import run_ranks
+from tests.support.te_release import RELEASE
 
 PARALLEL: dict[str, dict[str, Any]] = {
     "tp": {"recipe": "delayed", "tp": 2},
@@ -18,6 +19,8 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "mxfp8_tp_sequence": {"recipe": "mxfp8", "tp": 2, "sequence_parallel": True},
     "blockwise_tp_sequence": {"recipe": "blockwise", "tp": 2, "sequence_parallel": True},
 }
+if RELEASE == "2.11":  # refuses to gather the 64 tokens of a rank: it gathers whole blocks of 128
+    del PARALLEL["blockwise_tp_sequence"]
 STEPS = 12
 
 Outcome = list[dict[str, Any]]

@@ -37,7 +37,7 @@ def test_transformer_engine_would_break_there():
     """The refusal above is needed: without it the job ends in Transformer Engine, in the first step."""
     model = gpt.build(gpt.config_of(recipes.load("tensorwise")))
     model.config.fp8_recipe = "delayed"
-    with pytest.raises(ValueError, match="save_original_input"):
+    with pytest.raises((ValueError, AssertionError), match="save_original_input"):
         gpt.train_step(model)
 
 

@@ -175,6 +175,8 @@ FOUND = [
         ),
     ),
     ("FP8-EMU-003", job(megatron=graphs(), emulated=True), job(megatron=graphs())),
+    ("FP8-EMU-004", job(te_version="2.18.0", emulated=True), job(te_version="2.18.0")),
+    ("FP8-EMU-004", job(te_version="2.18.0", emulated=True), job(te_version="2.11.0+4f1c", emulated=True)),
     ("FP8-EMU-002", job(options={"fp8_dpa": True}, emulated=True), job(options={"fp8_dpa": True})),
     (
         "FP8-ATT-001",
@@ -529,6 +531,26 @@ def test_cuda_as_torchs_version_says(torch, cuda):
     from nemo_fp8_recipes.preflight.job import _cuda_version
 
     assert _cuda_version(torch) == cuda
+
+
+@pytest.mark.parametrize(("te_version", "severity"), [("2.11.0", "error"), ("2.14.1", "warning")])
+def test_releases_before_2_14_refuse_to_gather_partial_blocks(te_version, severity):
+    given = job(
+        "blockwise",
+        parallel=Parallel(tp=4, sequence=True),
+        model=dataclasses.replace(MODEL, seq_length=64),
+        te_version=te_version,
+    )
+    (finding,) = [finding for finding in preflight.check(given) if finding.code == "FP8-SHP-002"]
+    assert finding.severity == severity
+    assert ("refuses" in finding.message) == (severity == "error")
+
+
+def test_the_emulated_engines_are_those_of_the_binding():
+    from nemo_fp8_recipes.emulation.binding.releases import RELEASES
+    from nemo_fp8_recipes.preflight.rules.device import EMULATED_ENGINES
+
+    assert tuple(RELEASES) == EMULATED_ENGINES
 
 
 def test_every_recipe_of_a_schedule_is_checked():

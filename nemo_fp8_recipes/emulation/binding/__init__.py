@@ -3,7 +3,9 @@
 TE's Python modules run unchanged on top of it, on CPU tensors. Every kernel family is one file that names the
 TE source it follows; the quantisers themselves are in `nemo_fp8_recipes.numerics`.
 
+    releases.py       the tested Transformer Engine releases, and in what their bindings differ
     surface.py        every name of the real module, emulated or not
+    introduced.py     since which release each of them exists
     enums.py          its enums
     quantize.py       quantise, dequantise, bias gradient
     per_tensor.py     storage of delayed and tensorwise scaling
@@ -28,11 +30,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from nemo_fp8_recipes.emulation.binding import surface
+from nemo_fp8_recipes.emulation.binding import releases, surface
 from nemo_fp8_recipes.emulation.binding.checks import MODULE, not_emulated
 from nemo_fp8_recipes.emulation.binding.device import PosingDevice, pose_as
-from nemo_fp8_recipes.emulation.binding.enums import ENUMS
-from nemo_fp8_recipes.errors import EmulationError
+from nemo_fp8_recipes.emulation.binding.enums import enums_of
+from nemo_fp8_recipes.emulation.binding.introduced import exists
 
 __all__ = ["MODULE", "PosingDevice", "build"]
 
@@ -45,28 +47,26 @@ def build(te_version: str, device: PosingDevice) -> types.ModuleType:
         device: the GPU to pose as; its compute capability decides layouts and what is refused.
 
     Raises:
-        EmulationError: a Transformer Engine release whose binding this is not.
+        EmulationError: a Transformer Engine release that is not one of `releases.RELEASES`.
     """
-    if ".".join(te_version.split(".")[:2]) != surface.SUPPORTED_TE:
-        raise EmulationError(
-            f"Transformer Engine {te_version} cannot be emulated.",
-            key="transformer_engine",
-            value=te_version,
-            allowed=[f"{surface.SUPPORTED_TE}.*"],
-            hint=f'Install it with: pip install "transformer-engine=={surface.SUPPORTED_TE}.*"',
-        )
+    chosen = releases.release_of(te_version)
+    releases.use(chosen)
     pose_as(device)
     module = types.ModuleType(MODULE, "Emulated on CPU tensors by nemo_fp8_recipes.")
     module.__spec__ = importlib.machinery.ModuleSpec(MODULE, None)
-    contents: dict[str, Any] = dict(ENUMS)
+    contents: dict[str, Any] = dict(enums_of(chosen.name))
     for name, family in surface.EMULATED.items():
-        contents[name] = _emulated(name, family)
+        if exists(name, chosen.name):
+            contents[name] = _emulated(name, family)
     for name in surface.NOT_EMULATED:
-        contents[name] = _refusing_function(name)
+        if exists(name, chosen.name):
+            contents[name] = _refusing_function(name)
     for name, bases in surface.CLASSES.items():
         contents[name] = _refusing_class(name, tuple(contents[base] for base in bases))
     contents["FP8TensorMeta"] = FP8TensorMeta
     for name, functions in surface.NOT_EMULATED_SUBMODULES.items():
+        if not exists(name, chosen.name):
+            continue
         submodule = types.ModuleType(f"{MODULE}.{name}")
         for function in functions:
             setattr(submodule, function, _refusing_function(f"{name}.{function}"))

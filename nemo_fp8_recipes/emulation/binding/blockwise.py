@@ -10,6 +10,10 @@ Follows `Float8BlockQuantizer` in `pytorch/csrc/quantizer.cpp` and
     to 4]
 
 1D columnwise data is quantised again from high precision, 2D is the same codes transposed. Padding is zero.
+
+Transformer Engine 2.11 gathers 1D data over ranks in a compact format, which a quantizer with
+`all_gather_usage` makes: `_columnwise_data` in the shape of the tensor, `_rowwise_scale_inv` [M,
+ceil(K/128)], `_columnwise_scale_inv` [ceil(M/128), K].
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.enums import enums_of
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import (
     SOURCE,
     Buffers,
@@ -34,7 +40,7 @@ from nemo_fp8_recipes.emulation.binding.storage import (
     flat_2d,
     transposed_shape,
 )
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.te_classes import element_type, te_classes
 from nemo_fp8_recipes.numerics import blockwise
 
 __all__ = ["BLOCKWISE", "BlockScaling"]
@@ -50,6 +56,33 @@ def _scale_shape(m: int, k: int, dim: int) -> tuple[int, int]:
     """Rowwise scales of an [m, k] matrix; the columnwise ones are those of [k, m]."""
     rows, columns = -(-m // BLOCK), -(-k // BLOCK)
     return (rows, _round_up(columns, 4)) if dim == 2 else (columns, _round_up(m, 4))
+
+
+def _compact_scale_shape(m: int, k: int, *, columnwise: bool) -> tuple[int, int]:
+    """Scales of an [m, k] matrix in the compact format."""
+    return (-(-m // BLOCK), k) if columnwise else (m, -(-k // BLOCK))
+
+
+def _compact(quantizer: Any) -> bool:
+    """Whether the quantizer makes the compact format.
+
+    Raises:
+        RuntimeError: of 128x128 blocks, in TE's words.
+    """
+    compact = bool(release().option(quantizer, "all_gather_usage"))
+    nvte_check(
+        not compact or quantizer.block_scaling_dim == 1, SOURCE, "2D scaling is always GEMM_READY for now."
+    )
+    return compact
+
+
+def _data_format(*, compact: bool) -> Any:
+    """Member of the enum that tensors of releases with a compact format carry."""
+    return enums_of(release().name)["Float8BlockScaleTensorFormat"]["COMPACT" if compact else "GEMM_READY"]
+
+
+def _is_compact(tensor: Any) -> bool:
+    return release().compact_blockwise and tensor._data_format == _data_format(compact=True)
 
 
 def _pad_to_four(scale: Tensor) -> Tensor:
@@ -70,13 +103,18 @@ class BlockScaling:
         dim = quantizer.block_scaling_dim
         nvte_check(dim in (1, 2), SOURCE, "Unsupported block scaling dim.")
         m, k = flat_2d(shape)
+        compact = _compact(quantizer)
+        rowwise_scale, columnwise_scale = _scale_shape(m, k, dim), _scale_shape(k, m, dim)
+        if compact:
+            rowwise_scale = _compact_scale_shape(m, k, columnwise=False)
+            columnwise_scale = _compact_scale_shape(m, k, columnwise=True)
         specs: dict[str, BufferSpec] = {}
         if quantizer.rowwise_usage:
             specs["_rowwise_data"] = (tuple(shape), torch.uint8)
-            specs["_rowwise_scale_inv"] = (_scale_shape(m, k, dim), torch.float32)
+            specs["_rowwise_scale_inv"] = (rowwise_scale, torch.float32)
         if quantizer.columnwise_usage:
-            specs["_columnwise_data"] = (transposed_shape(shape), torch.uint8)
-            specs["_columnwise_scale_inv"] = (_scale_shape(k, m, dim), torch.float32)
+            specs["_columnwise_data"] = (tuple(shape) if compact else transposed_shape(shape), torch.uint8)
+            specs["_columnwise_scale_inv"] = (columnwise_scale, torch.float32)
         return specs
 
     def shape_of(self, tensor: Any) -> tuple[int, ...]:
@@ -87,6 +125,8 @@ class BlockScaling:
         )
         rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
         nvte_check(rowwise is not None or columnwise is not None, SOURCE, "FP8BlockwiseTensor has no data.")
+        if _is_compact(tensor):
+            return tuple((columnwise if rowwise is None else rowwise).shape)
         if rowwise is None:
             return (*columnwise.shape[1:], *columnwise.shape[:1])
         shape = tuple(rowwise.shape)
@@ -109,8 +149,9 @@ class BlockScaling:
         )
         epsilon = float(quantizer.amax_epsilon)
         matrix = x.view(flat_2d(x.shape))
+        compact = _compact(quantizer)
         compiled = kernels.for_tensor(x)
-        if compiled is not None:
+        if compiled is not None and not compact:
             buffers = allocate(self, quantizer, x.shape, x.device, zero_scales=True)
             compiled.blockwise(
                 matrix,
@@ -136,13 +177,14 @@ class BlockScaling:
         if "_rowwise_data" in specs:
             codes, scale_inv = blockwise.quantize_1d(matrix, fmt, epsilon=epsilon, power_of_two=power_of_two)
             buffers["_rowwise_data"] = codes.view(x.shape)
-            buffers["_rowwise_scale_inv"] = _pad_to_four(scale_inv.t())
+            buffers["_rowwise_scale_inv"] = scale_inv if compact else _pad_to_four(scale_inv.t())
         if "_columnwise_data" in specs:
             codes, scale_inv = blockwise.quantize_1d_columnwise(
                 matrix, fmt, epsilon=epsilon, power_of_two=power_of_two
             )
-            buffers["_columnwise_data"] = codes.t().contiguous().view(specs["_columnwise_data"][0])
-            buffers["_columnwise_scale_inv"] = _pad_to_four(scale_inv)
+            lying = codes if compact else codes.t()
+            buffers["_columnwise_data"] = lying.contiguous().view(specs["_columnwise_data"][0])
+            buffers["_columnwise_scale_inv"] = scale_inv if compact else _pad_to_four(scale_inv)
         return buffers
 
     def wrap(
@@ -156,13 +198,15 @@ class BlockScaling:
         classes = te_classes()
         fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
         fields |= {
-            "fp8_dtype": classes.dtype.cast(quantizer.dtype),
+            "fp8_dtype": element_type(quantizer.dtype),
             "quantizer": quantizer,
             "is_2D_scaled": quantizer.block_scaling_dim == 2,
+            "data_format": _data_format(compact=_compact(quantizer)),
         }
         if quantizer.internal:
-            return classes.blockwise_storage(**fields, fake_dtype=dtype)
-        return classes.blockwise_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+            return classes.blockwise_storage(**release().constructor(fields | {"fake_dtype": dtype}))
+        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
+        return classes.blockwise_tensor(**release().constructor(fields))
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
         """The C++ keeps the tensor's own format and block dimension."""

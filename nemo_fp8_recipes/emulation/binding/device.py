@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from nemo_fp8_recipes.emulation.binding.enums import FusedAttnBackend
+from nemo_fp8_recipes.emulation.binding.enums import enums_of
+from nemo_fp8_recipes.emulation.binding.releases import release
 
 __all__ = [
     "PosingDevice",
@@ -93,9 +94,13 @@ def nvte_built_with_cublasmp() -> bool:
     return False
 
 
-def get_fused_attn_backend(parameters: Any) -> tuple[Any, str]:
-    """No configuration has a fused attention kernel here; TE then takes its unfused attention."""
-    return (
-        FusedAttnBackend["NVTE_No_Backend"],
-        "fused attention is not emulated on a machine without a GPU",
-    )
+def get_fused_attn_backend(*parameters: Any, **named: Any) -> Any:
+    """No configuration has a fused attention kernel here; TE then takes its unfused attention.
+
+    Returns:
+        The backend, and since 2.20 the reason beside it.
+    """
+    none = enums_of(release().name)["NVTE_Fused_Attn_Backend"]["NVTE_No_Backend"]
+    if not release().fused_attention_reason:
+        return none
+    return none, "fused attention is not emulated on a machine without a GPU"

@@ -1,6 +1,6 @@
 """The enums of `transformer_engine_torch`, names and values as in the real module.
 
-Sources in Transformer Engine 2.20:
+Sources in Transformer Engine, at the tags v2.11, v2.14.1, v2.17.1 and of 2.20:
 `common/include/transformer_engine/{transformer_engine,fused_attn,fused_router, comm_gemm_overlap}.h`,
 `pytorch/csrc/common.h`, `common/util/pybind_helper.h`. pybind11's enums convert to int and are no ints
 themselves; `DType` alone compares equal to the int of the same value.
@@ -9,10 +9,11 @@ themselves; `DType` alone compares equal to the int of the same value.
 from __future__ import annotations
 
 import enum
+from functools import cache
 
 from nemo_fp8_recipes.emulation.binding.checks import MODULE
 
-__all__ = ["ENUMS", "DType", "FusedAttnBackend"]
+__all__ = ["ENUMS", "DType", "enums_of"]
 
 
 class _PybindEnum(enum.Enum):
@@ -51,13 +52,9 @@ def _numbered(name: str, *members: str) -> type[_PybindEnum]:
     return _enum(name, **{member: number for number, member in enumerate(members)})
 
 
-FusedAttnBackend = _enum(
-    "NVTE_Fused_Attn_Backend", NVTE_F16_arbitrary_seqlen=1, NVTE_FP8=2, NVTE_No_Backend=-1
-)
-
 _ALL: tuple[type[enum.Enum], ...] = (
     DType,
-    FusedAttnBackend,
+    _enum("NVTE_Fused_Attn_Backend", NVTE_F16_arbitrary_seqlen=1, NVTE_FP8=2, NVTE_No_Backend=-1),
     _numbered(
         "FP8FwdTensors",
         *(f"GEMM{gemm}_{tensor}" for gemm in (1, 2, 3) for tensor in ("INPUT", "WEIGHT", "OUTPUT")),
@@ -149,6 +146,39 @@ _ALL: tuple[type[enum.Enum], ...] = (
 )
 
 ENUMS: dict[str, type[enum.Enum]] = {made.__name__: made for made in _ALL}
-"""Name in the module -> enum."""
+"""Name in the module -> enum, of the newest release."""
+
+_SINCE_2_20 = ("NVTEScalingMode", "NVTEQBHistogramMode", "NVTE_QKV_Layout_NOT_SET")
+_SINCE_2_17 = (
+    "NVTERoutingMapFormat",
+    "NVTE_BHSD",
+    "NVTE_QKV_Format_NOT_SET",
+    "NVTE_BHSD_BHSD_BHSD",
+)
+_MISSING: dict[str, tuple[str, ...]] = {
+    "2.11": (*_SINCE_2_20, *_SINCE_2_17, "INVALID"),
+    "2.14": (*_SINCE_2_20, *_SINCE_2_17),
+    "2.17": _SINCE_2_20,
+}
+"""Release -> the enums and members that it lacks."""
+_EXTRA: dict[str, dict[str, dict[str, int]]] = {
+    release: {"NVTE_Fused_Attn_Backend": {"NVTE_F16_max512_seqlen": 0}} for release in ("2.11", "2.14")
+}
+"""Release -> enum -> the members that later releases lack."""
+
+
+@cache
+def enums_of(release: str) -> dict[str, type[enum.Enum]]:
+    """Name in the module -> enum, of a tested release ("2.14")."""
+    missing, extra = _MISSING.get(release, ()), _EXTRA.get(release, {})
+    found: dict[str, type[enum.Enum]] = {}
+    for name, newest in ENUMS.items():
+        if name in missing:
+            continue
+        members = {member.name: int(member.value) for member in newest if member.name not in missing}
+        members |= extra.get(name, {})
+        found[name] = newest if len(members) == len(newest) else _enum(name, **members)
+    return found
+
 
 DType.__module__ = MODULE

@@ -29,6 +29,7 @@ from nemo_fp8_recipes.emulation.binding.dtypes import element_format, short_name
 from nemo_fp8_recipes.emulation.binding.gemm_problem import Epilogue, Problem
 from nemo_fp8_recipes.emulation.binding.operands import NVFP4_SCALING, PER_TENSOR, Operand, operand
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.trace import GemmRecord, OperandRecord, observers
 from nemo_fp8_recipes.numerics.nvfp4 import gemm_scale
 
@@ -244,7 +245,7 @@ def _multiply(problem: Problem, alpha: float) -> Tensor:
     b, b_factor = problem.b.matrix()
     product = torch.mm(b.t() if problem.trans_b else b, a.t() if problem.trans_a else a)
     if a_factor is not None and b_factor is not None and problem.a.scaling == NVFP4_SCALING:
-        ranges = (problem.a.tensor._nvfp4_e4m3_max, problem.b.tensor._nvfp4_e4m3_max)
+        ranges = tuple(release().field(each.tensor, "nvfp4_e4m3_max") for each in (problem.a, problem.b))
         return product.mul_(gemm_scale(a_factor, b_factor, alpha, *ranges))
     if a_factor is not None and b_factor is not None:
         product.mul_(a_factor * b_factor)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import (
     SOURCE,
     Buffers,
@@ -27,7 +28,7 @@ from nemo_fp8_recipes.emulation.binding.storage import (
     direction_of,
     flat_2d,
 )
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.te_classes import element_type, te_classes
 from nemo_fp8_recipes.numerics import mxfp8
 
 __all__ = ["MXFP8", "Mxfp8Scaling", "columnwise_scale_shape", "rowwise_scale_shape", "swizzle", "unswizzle"]
@@ -123,6 +124,8 @@ class Mxfp8Scaling:
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
         fmt = fp8_format(quantizer.dtype)
+        square = bool(release().option(quantizer, "with_2d_quantization"))
+        swizzled = _swizzled(quantizer)
         matrix = x.view(flat_2d(x.shape))
         compiled = kernels.for_tensor(x)
         if compiled is not None:
@@ -132,8 +135,8 @@ class Mxfp8Scaling:
                 fmt,
                 direction_of(buffers, "rowwise"),
                 direction_of(buffers, "columnwise"),
-                square=bool(quantizer.with_2d_quantization),
-                swizzled=bool(quantizer.optimize_for_gemm),
+                square=square,
+                swizzled=swizzled,
             )
             return buffers
         specs = self.specs(quantizer, x.shape)
@@ -142,12 +145,12 @@ class Mxfp8Scaling:
         def keep(direction: str, codes: Tensor, scale: Tensor) -> None:
             rows, columns = specs[f"_{direction}_scale_inv"][0]
             padded = pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
-            if quantizer.optimize_for_gemm:
+            if swizzled:
                 padded = swizzle(padded, columnwise=direction == "columnwise")
             buffers[f"_{direction}_data"] = codes.view(x.shape)
             buffers[f"_{direction}_scale_inv"] = padded
 
-        if quantizer.with_2d_quantization:
+        if square:
             codes, scale = mxfp8.quantize_2d(matrix, fmt)
             if "_rowwise_data" in specs:
                 keep("rowwise", codes, scale.repeat_interleave(BLOCK, dim=0))
@@ -172,17 +175,23 @@ class Mxfp8Scaling:
         classes = te_classes()
         fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
         fields |= {
-            "fp8_dtype": classes.dtype.cast(quantizer.dtype),
+            "fp8_dtype": element_type(quantizer.dtype),
             "quantizer": quantizer,
-            "with_gemm_swizzled_scales": bool(quantizer.optimize_for_gemm),
+            "with_gemm_swizzled_scales": _swizzled(quantizer),
         }
         if quantizer.internal:
-            return classes.mxfp8_storage(**fields, fake_dtype=dtype)
-        return classes.mxfp8_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+            return classes.mxfp8_storage(**release().constructor(fields | {"fake_dtype": dtype}))
+        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
+        return classes.mxfp8_tensor(**release().constructor(fields))
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
-        tensor._fp8_dtype = te_classes().dtype.cast(quantizer.dtype)
-        tensor._with_gemm_swizzled_scales = bool(quantizer.optimize_for_gemm)
+        tensor._fp8_dtype = element_type(quantizer.dtype)
+        release().set_fields(tensor, with_gemm_swizzled_scales=_swizzled(quantizer))
+
+
+def _swizzled(quantizer: Any) -> bool:
+    """Whether the quantizer asks for scales in the GEMM's order."""
+    return bool(release().option(quantizer, "optimize_for_gemm"))
 
 
 MXFP8 = Mxfp8Scaling()

@@ -27,8 +27,9 @@ from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, 
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
 from nemo_fp8_recipes.emulation.binding.per_tensor import amax_of
+from nemo_fp8_recipes.emulation.binding.releases import Nvfp4Swizzle, release
 from nemo_fp8_recipes.emulation.binding.storage import SOURCE, Buffers, BufferSpec, flat_2d
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.te_classes import element_type, te_classes
 from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4, nvfp4_4over6
 
 __all__ = ["NVFP4", "Nvfp4Scaling", "scale_shape"]
@@ -60,7 +61,7 @@ class Nvfp4Scaling:
         got = f"(got shape={tuple(shape)})"
         nvte_check(m % BLOCK == 0, SOURCE, f"First dim for NVFP4 must be divisible by {BLOCK} {got}")
         nvte_check(k % BLOCK == 0, SOURCE, f"NVFP4 requires tensor dims that are divisible by {BLOCK} {got}")
-        row_scaled = bool(quantizer.row_scaled_nvfp4)
+        row_scaled = _row_scaled(quantizer)
         nvte_check(
             not row_scaled or quantizer.rowwise_usage,
             SOURCE,
@@ -125,22 +126,27 @@ class Nvfp4Scaling:
         classes = te_classes()
         fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
         fields |= {
-            "fp4_dtype": classes.dtype.cast(quantizer.dtype),
+            "fp4_dtype": element_type(quantizer.dtype),
             "quantizer": quantizer,
-            "with_gemm_swizzled_scales": self._swizzled(quantizer, shape),
-            "row_scaled_nvfp4": bool(quantizer.row_scaled_nvfp4),
-            "nvfp4_use_4over6": bool(quantizer.nvfp4_use_4over6),
-            "nvfp4_e4m3_max": int(quantizer.nvfp4_e4m3_max),
+            **self._tags(quantizer, shape),
         }
         if quantizer.internal:
-            return classes.nvfp4_storage(**fields, fake_dtype=dtype)
-        return classes.nvfp4_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
+            return classes.nvfp4_storage(**release().constructor(fields | {"fake_dtype": dtype}))
+        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
+        return classes.nvfp4_tensor(**release().constructor(fields))
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
-        tensor._row_scaled_nvfp4 = bool(quantizer.row_scaled_nvfp4)
-        tensor._with_gemm_swizzled_scales = self._swizzled(quantizer, self.shape_of(tensor))
-        tensor._nvfp4_use_4over6 = bool(quantizer.nvfp4_use_4over6)
-        tensor._nvfp4_e4m3_max = int(quantizer.nvfp4_e4m3_max)
+        release().set_fields(tensor, **self._tags(quantizer, self.shape_of(tensor)))
+
+    def _tags(self, quantizer: Any, shape: Sequence[int]) -> dict[str, Any]:
+        """What a tensor says of its buffers."""
+        option = release().option
+        return {
+            "with_gemm_swizzled_scales": self._swizzled(quantizer, shape),
+            "row_scaled_nvfp4": _row_scaled(quantizer),
+            "nvfp4_use_4over6": _four_over_six(quantizer),
+            "nvfp4_e4m3_max": int(option(quantizer, "nvfp4_e4m3_max")),
+        }
 
     def _amaxes(
         self,
@@ -152,7 +158,7 @@ class Nvfp4Scaling:
     ) -> Buffers:
         """The amax buffers. Without Hadamard transform and row scaling both directions have the same."""
         found: Buffers = {}
-        each = 1 if quantizer.row_scaled_nvfp4 else None
+        each = 1 if _row_scaled(quantizer) else None
         if "_amax_rowwise" in specs:
             found["_amax_rowwise"] = (amax_of(rows) if each is None else amax(rows, dim=each)).view(-1)
         if columns is not None and largest_of_columns is not None and each is None:
@@ -180,7 +186,8 @@ class Nvfp4Scaling:
     ) -> None:
         """Quantise one direction: `matrix` along its rows, under the amax that is in `buffers`."""
         stochastic = bool(quantizer.stochastic_rounding)
-        compiled = None if quantizer.nvfp4_use_4over6 else kernels.for_tensor(matrix)
+        four_over_six, divided = _four_over_six(quantizer), release().nvfp4_divides
+        compiled = None if four_over_six or divided else kernels.for_tensor(matrix)
         if compiled is not None:
             data_shape, _ = specs[f"_{direction}_data"]
             packed = torch.empty(data_shape, dtype=torch.uint8)
@@ -197,7 +204,7 @@ class Nvfp4Scaling:
             buffers[f"_{direction}_scale_inv"] = padded
             return
         largest = buffers[f"_amax_{direction}"]
-        if quantizer.nvfp4_use_4over6:
+        if four_over_six:
             packed, scale = nvfp4_4over6.quantize(
                 matrix,
                 largest,
@@ -208,7 +215,7 @@ class Nvfp4Scaling:
             )
         else:
             quantize = nvfp4.quantize_2d if quantizer.with_2d_quantization else nvfp4.quantize_1d
-            packed, scale = quantize(matrix, largest, stochastic=stochastic)
+            packed, scale = quantize(matrix, largest, stochastic=stochastic, divided=divided)
         if quantizer.with_2d_quantization:
             scale = scale.repeat_interleave(BLOCK, dim=0)
         rows, columns = specs[f"_{direction}_scale_inv"][0]
@@ -218,13 +225,27 @@ class Nvfp4Scaling:
 
     def _swizzled(self, quantizer: Any, shape: Sequence[int]) -> bool:
         """Whether the kernel for this shape writes swizzled scales (`nvfp4_emits_gemm_swizzled_scales`)."""
-        if not quantizer.optimize_for_gemm or not 100 <= sm_arch() <= 110:
+        rule = release().nvfp4_swizzle
+        option = release().option
+        if rule is Nvfp4Swizzle.NEVER or not option(quantizer, "optimize_for_gemm"):
+            return False
+        if not 100 <= sm_arch() <= 110:
             return False
         m, k = flat_2d(shape)
         if quantizer.with_rht:
             return m % 64 == 0 and k % 128 == 0
-        square = quantizer.with_2d_quantization and not quantizer.row_scaled_nvfp4
-        return bool(square) and not quantizer.nvfp4_use_4over6 and m % 128 == 0 and k % 128 == 0
+        square = quantizer.with_2d_quantization and not _row_scaled(quantizer)
+        if rule is not Nvfp4Swizzle.HADAMARD_OR_SQUARE or not square:
+            return False
+        return not _four_over_six(quantizer) and m % 128 == 0 and k % 128 == 0
+
+
+def _row_scaled(quantizer: Any) -> bool:
+    return bool(release().option(quantizer, "row_scaled_nvfp4"))
+
+
+def _four_over_six(quantizer: Any) -> bool:
+    return bool(release().option(quantizer, "nvfp4_use_4over6"))
 
 
 def _columns(quantizer: Any, matrix: Tensor) -> tuple[Tensor, float | None]:
@@ -249,16 +270,22 @@ def _require_supported(quantizer: Any, x: Tensor) -> None:
     """
     if sm_arch() < 100:
         nvte_error(_DISPATCH, "NVFP4 quantization needs compute capability 10.0 or later.")
-    e4m3_max = quantizer.nvfp4_e4m3_max
+    e4m3_max = release().option(quantizer, "nvfp4_e4m3_max")
     nvte_check(e4m3_max in (256, 448), SOURCE, f"Unsupported NVFP4 E4M3 max: {e4m3_max}")
-    if quantizer.nvfp4_use_4over6:
+    if _four_over_six(quantizer):
         _require_4over6(quantizer)
     else:
         nvte_check(e4m3_max == 448, _DISPATCH, "Non-4over6 NVFP4 quantization requires E4M3 max 448.")
-    if _environment_flag("NVTE_USE_FAST_MATH") and not quantizer.nvfp4_use_4over6:
+    if _environment_flag("NVTE_USE_FAST_MATH") and not _four_over_six(quantizer):
         not_emulated("quantize with NVFP4Quantizer and NVTE_USE_FAST_MATH", "Unset NVTE_USE_FAST_MATH.")
-    if quantizer.row_scaled_nvfp4:
+    if _row_scaled(quantizer):
         _require_row_scaled(quantizer, x)
+    columns_alone = quantizer.columnwise_usage and not quantizer.rowwise_usage
+    nvte_check(
+        not (columns_alone and quantizer.with_2d_quantization) or release().nvfp4_square_columns_alone,
+        "common/transpose/quantize_transpose_vector_blockwise_fp4.cu",
+        "2D block quantization is only supported when return_identity is true.",
+    )
     if not quantizer.with_rht:
         return
     if x.dtype != torch.bfloat16:
@@ -307,6 +334,11 @@ def _require_row_scaled(quantizer: Any, x: Tensor) -> None:
             not getattr(quantizer, option), SOURCE, f"Row-scaled NVFP4 quantization does not support {what}."
         )
     m, k = flat_2d(x.shape)
+    nvte_check(
+        not quantizer.columnwise_usage or release().nvfp4_row_scaled_columns,
+        SOURCE,
+        "Row-scaled NVFP4 quantization does not support columnwise usage.",
+    )
     nvte_check(
         not quantizer.columnwise_usage or (x.dtype == torch.bfloat16 and m % 32 == 0 and k % 32 == 0),
         _DISPATCH,

@@ -25,6 +25,7 @@ from nemo_fp8_recipes.emulation.binding.dtypes import (
 from nemo_fp8_recipes.emulation.binding.mxfp8 import BLOCK as MX_BLOCK
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, unswizzle
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import flat_2d
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.numerics import nvfp4
@@ -81,7 +82,7 @@ class Operand:
         if self.scaling == NVFP4_SCALING:
             packed, scale, largest = _nvfp4_buffers(self.tensor, self.columnwise)
             compiled = kernels.for_codes(packed)
-            swizzled = bool(self.tensor._with_gemm_swizzled_scales)
+            swizzled = bool(release().field(self.tensor, "with_gemm_swizzled_scales"))
             if compiled is not None and scale.is_contiguous():
                 matrix = compiled.decode_nvfp4(packed, scale, swizzled=swizzled)
             else:
@@ -123,7 +124,9 @@ def operand(name: str, tensor: Any, *, columnwise: bool) -> Operand:
         shape, scaling = BLOCKWISE.shape_of(tensor), "block_2d" if tensor._is_2D_scaled else "block_1d"
     elif isinstance(tensor, classes.nvfp4_storage):
         nvte_check(
-            not tensor._row_scaled_nvfp4, GEMM_SOURCE, "cuBLAS GEMM does not support row-scaled NVFP4 inputs."
+            not release().field(tensor, "row_scaled_nvfp4"),
+            GEMM_SOURCE,
+            "cuBLAS GEMM does not support row-scaled NVFP4 inputs.",
         )
         data = tensor._columnwise_data if columnwise else tensor._rowwise_data
         nvte_check(data is not None, GEMM_SOURCE, missing)
@@ -141,8 +144,10 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     classes = te_classes()
     if isinstance(tensor, classes.nvfp4_storage):
         packed, scale, largest = _nvfp4_buffers(tensor, columnwise)
-        scale = _nvfp4_scales(packed, scale, swizzled=bool(tensor._with_gemm_swizzled_scales))
-        dequantized = nvfp4.dequantize(packed, scale, largest, e4m3_max=tensor._nvfp4_e4m3_max)
+        field = release().field
+        swizzled = bool(field(tensor, "with_gemm_swizzled_scales"))
+        scale = _nvfp4_scales(packed, scale, swizzled=swizzled)
+        dequantized = nvfp4.dequantize(packed, scale, largest, e4m3_max=field(tensor, "nvfp4_e4m3_max"))
         return dequantized.t() if columnwise else dequantized
     fmt = fp8_format(tensor._fp8_dtype)
     if isinstance(tensor, classes.float8_storage):
@@ -150,6 +155,7 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
     if isinstance(tensor, classes.mxfp8_storage):
         codes = tensor._columnwise_data if columnwise else tensor._rowwise_data
         scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+        swizzled = bool(release().field(tensor, "with_gemm_swizzled_scales"))
         compiled = kernels.for_codes(codes)
         if compiled is not None and scale.is_contiguous():
             return compiled.decode_mxfp8(
@@ -157,9 +163,9 @@ def values(tensor: Any, *, columnwise: bool) -> Tensor:
                 scale,
                 fmt,
                 columnwise=columnwise,
-                swizzled=bool(tensor._with_gemm_swizzled_scales),
+                swizzled=swizzled,
             )
-        if tensor._with_gemm_swizzled_scales:
+        if swizzled:
             scale = unswizzle(scale, columnwise=columnwise)
         m, k = flat_2d(codes.shape)
         block = (MX_BLOCK, 1) if columnwise else (1, MX_BLOCK)

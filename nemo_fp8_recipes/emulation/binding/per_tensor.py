@@ -18,6 +18,7 @@ from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import (
     SOURCE,
     Buffers,
@@ -26,7 +27,7 @@ from nemo_fp8_recipes.emulation.binding.storage import (
     flat_2d,
     transposed_shape,
 )
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.te_classes import element_type, te_classes
 from nemo_fp8_recipes.numerics import tensorwise
 from nemo_fp8_recipes.numerics.scale import amax, reciprocal, scale_from_amax
 
@@ -88,15 +89,15 @@ class _PerTensor(ABC):
             "data": buffers.get("_data"),
             "data_transpose": buffers.get("_transpose"),
             "fp8_scale_inv": buffers["_scale_inv"],
-            "fp8_dtype": classes.dtype.cast(quantizer.dtype),
+            "fp8_dtype": element_type(quantizer.dtype),
             "quantizer": quantizer,
         }
         if quantizer.internal:
-            return classes.float8_storage(**fields, fake_dtype=dtype)
+            return classes.float8_storage(**release().constructor(fields | {"fake_dtype": dtype}))
         return classes.float8_tensor(**fields, shape=tuple(shape), dtype=dtype, device=device)
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
-        tensor._fp8_dtype = te_classes().dtype.cast(quantizer.dtype)
+        tensor._fp8_dtype = element_type(quantizer.dtype)
         tensor._transpose_invalid = tensor._transpose is None
 
     @abstractmethod
@@ -148,7 +149,11 @@ class CurrentScaling(_PerTensor):
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
         fmt = fp8_format(quantizer.dtype)
-        largest = amax_of(x).reshape(1)
+        keeps_buffers = release().current_scaling_buffers
+        if keeps_buffers and quantizer.use_existing_amax:
+            largest = quantizer.amax.detach().clone()
+        else:
+            largest = amax_of(x).reshape(1)
         if quantizer.with_amax_reduction:
             group = quantizer._canonicalized_amax_reduction_group()
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -158,6 +163,9 @@ class CurrentScaling(_PerTensor):
             epsilon=float(quantizer.amax_epsilon),
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
+        if keeps_buffers:
+            quantizer.amax.copy_(largest)
+            quantizer.scale.copy_(scale)
         buffers, _ = self._cast(quantizer, x, scale, observe=False)
         return buffers
 

@@ -21,6 +21,7 @@ from nemo_fp8_recipes.emulation.binding.dtypes import element_format, require_hi
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax_of
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.swizzle import swizzle_scales_for_gemm_
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
@@ -115,7 +116,7 @@ def quantize_as(
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     result = quantize_as(tensor, quantizer, tensor.dtype, caller="quantize", output=output, noop=noop)
-    if getattr(quantizer, "optimize_for_gemm", False):
+    if release().swizzles_after_quantizing and quantizer.optimize_for_gemm:
         # Where the kernel does not write them so itself, TE brings the scales into the GEMM's order now.
         swizzle_scales_for_gemm_(result)
     return result

@@ -1,16 +1,14 @@
-"""Every name that `transformer_engine_torch` 2.20 exports, and whether it is emulated.
+"""Every name that `transformer_engine_torch` exports in a tested release, and whether it is emulated.
 
-Taken from `pytorch/csrc/extensions/pybind.cpp`, `pytorch/csrc/extensions/ep.cpp` and
-`common/util/pybind_helper.h` of Transformer Engine 2.20.2. The enums are in `enums.py`. A name that is in
-none of these tables does not exist in the real module either and raises AttributeError.
+Which release has which is in `introduced.py`. Taken from `pytorch/csrc/extensions/pybind.cpp`,
+`pytorch/csrc/extensions/ep.cpp` and `common/util/pybind_helper.h` of Transformer Engine. The enums are in
+`enums.py`. A name that is in none of these tables does not exist in the real module either and raises
+AttributeError.
 """
 
 from __future__ import annotations
 
-__all__ = ["CLASSES", "EMULATED", "NOT_EMULATED", "NOT_EMULATED_SUBMODULES", "SUPPORTED_TE"]
-
-SUPPORTED_TE = "2.20"
-"""The Transformer Engine release whose binding this is."""
+__all__ = ["CLASSES", "EMULATED", "NOT_EMULATED", "NOT_EMULATED_SUBMODULES"]
 
 EMULATED: dict[str, str] = {
     "bgrad_quantize": "quantize",
@@ -105,6 +103,7 @@ NOT_EMULATED: frozenset[str] = frozenset(
         "bulk_allocate",
         "bulk_overlap_ag_with_external_gemm",
         "convert_bshd_to_thd",
+        "convert_host_pointers_to_tensor",
         "convert_thd_to_bshd",
         "copy_data_ptrs_to_device",
         "copy_to_kv_cache",
@@ -141,6 +140,7 @@ NOT_EMULATED: frozenset[str] = frozenset(
         "fused_topk_with_score_function_bwd",
         "fused_topk_with_score_function_fwd",
         "fused_topk_with_score_function_qb_fwd",
+        "get_device_pointer_for_data_and_scales",
         "get_grouped_gemm_setup_workspace_size",
         "group_dequantize",
         "group_quantize",

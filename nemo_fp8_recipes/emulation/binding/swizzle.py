@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.mxfp8 import swizzle
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 
 __all__ = [
@@ -57,7 +58,7 @@ def multi_tensor_swizzle_scales_for_gemm_(
 def _needs_order(tensor: Any) -> bool:
     classes = te_classes()
     ordered = isinstance(tensor, (classes.mxfp8_storage, classes.nvfp4_storage))
-    return ordered and not tensor._with_gemm_swizzled_scales
+    return ordered and not release().field(tensor, "with_gemm_swizzled_scales")
 
 
 def _along_columns(tensor: Any) -> bool:

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nemo_fp8_recipes.emulation.binding import surface
+from nemo_fp8_recipes.emulation.binding.introduced import exists
+from nemo_fp8_recipes.emulation.binding.releases import RELEASES, tested
 
 __all__ = ["markdown"]
 
 _HEAD = f"""# What the emulated binding provides
 
-Every name that Transformer Engine {surface.SUPPORTED_TE}'s compiled module `transformer_engine_torch`
-exports, made from `nemo_fp8_recipes/emulation/binding/surface.py` by
-`python -m nemo_fp8_recipes.emulation.binding.table`. *Emulated by* names the file in that directory. What is
-not emulated raises `NotImplementedError` with its own name when it is called, and so does an option that an
-emulated function does not have (communication overlap in a GEMM, say).
+Every name that the compiled module `transformer_engine_torch` exports in Transformer Engine {tested()},
+made from `surface.py` and `introduced.py` in `nemo_fp8_recipes/emulation/binding/` by
+`python -m nemo_fp8_recipes.emulation.binding.table`. *Emulated by* names the file in that directory; "no" is
+a release whose binding does not have the name. What is not emulated raises `NotImplementedError` with its
+own name when it is called, and so does an option that an emulated function does not have (communication
+overlap in a GEMM, say). In what else the releases differ is in `releases.py`, and which enum
+members they have in `enums.py`. Other releases are refused.
 """
+
+_RULE = "|---" * (len(RELEASES) + 2) + "|"
 
 
 def markdown() -> str:
     """The whole document."""
-    lines = [
-        _HEAD,
-        f"{len(surface.EMULATED)} functions are emulated, {len(surface.NOT_EMULATED)} are not.",
-        "",
+    lines = [_HEAD, "| release | emulated functions | others |", "|---|---|---|"]
+    lines += [
+        f"| {release} | {_count(surface.EMULATED, release)} | {_count(surface.NOT_EMULATED, release)} |"
+        for release in RELEASES
     ]
-    lines += ["| function | emulated by |", "|---|---|"]
-    names = sorted({*surface.EMULATED, *surface.NOT_EMULATED})
-    for name in names:
+    lines += ["", _header("function")]
+    for name in sorted({*surface.EMULATED, *surface.NOT_EMULATED}):
         family = surface.EMULATED.get(name)
-        lines.append(f"| `{name}` | {f'`{family}.py`' if family else 'NotImplementedError'} |")
-    lines += ["", "| class or submodule | emulated |", "|---|---|"]
-    lines += [f"| `{name}` | NotImplementedError when made |" for name in surface.CLASSES]
+        lines.append(_row(name, name, f"`{family}.py`" if family else "NotImplementedError"))
+    lines += ["", _header("class or submodule")]
+    lines += [_row(name, name, "NotImplementedError when made") for name in surface.CLASSES]
     for name, functions in surface.NOT_EMULATED_SUBMODULES.items():
-        lines += [f"| `{name}.{function}` | NotImplementedError |" for function in sorted(functions)]
-    lines += ["| `FP8TensorMeta` | yes |", "| the enums | yes, in `enums.py` |"]
+        lines += [_row(name, f"{name}.{function}", "NotImplementedError") for function in sorted(functions)]
+    lines += [_row("FP8TensorMeta", "FP8TensorMeta", "yes"), _row("", "the enums", "`enums.py`", code=False)]
     return "\n".join(lines) + "\n"
+
+
+def _header(what: str) -> str:
+    return f"| {what} | {' | '.join(RELEASES)} | emulated by |\n{_RULE}"
+
+
+def _row(name: str, shown: str, by: str, *, code: bool = True) -> str:
+    there = " | ".join("yes" if exists(name, release) else "no" for release in RELEASES)
+    return f"| {f'`{shown}`' if code else shown} | {there} | {by} |"
+
+
+def _count(names: Iterable[str], release: str) -> int:
+    return sum(exists(name, release) for name in names)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-__all__ = ["TeClasses", "te_classes"]
+from nemo_fp8_recipes.emulation.binding.releases import release
+
+__all__ = ["TeClasses", "element_type", "te_classes"]
 
 
 class TeClasses(NamedTuple):
     """Quantizers, and the storage and public tensor class that each makes."""
 
-    dtype: Any
     quantized_storage: Any
     delayed_quantizer: Any
     tensorwise_quantizer: Any
@@ -35,7 +36,6 @@ class TeClasses(NamedTuple):
 @cache
 def te_classes() -> TeClasses:
     """TE's classes; needs `transformer_engine.pytorch` to be importable."""
-    from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
     from transformer_engine.pytorch.tensor import (
         float8_blockwise_tensor,
@@ -51,7 +51,6 @@ def te_classes() -> TeClasses:
     from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
 
     return TeClasses(
-        dtype=DType,
         quantized_storage=QuantizedTensorStorage,
         delayed_quantizer=float8_tensor.Float8Quantizer,
         tensorwise_quantizer=float8_tensor.Float8CurrentScalingQuantizer,
@@ -67,3 +66,12 @@ def te_classes() -> TeClasses:
         nvfp4_storage=NVFP4TensorStorage,
         nvfp4_tensor=nvfp4_tensor.NVFP4Tensor,
     )
+
+
+def element_type(tag: Any) -> Any:
+    """An element type as TE's Python holds it: its own `DType` where it has one, else the binding's."""
+    if not release().python_dtype:
+        return tag
+    from transformer_engine.pytorch.constants import DType
+
+    return DType.cast(tag)

@@ -17,7 +17,10 @@ from nemo_fp8_recipes.preflight.hardware import (
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
 from nemo_fp8_recipes.recipes import OPERANDS, Blockwise
-from nemo_fp8_recipes.targets.versions import at_least
+from nemo_fp8_recipes.targets.versions import at_least, parse
+
+# Transformer Engine releases that emulation/binding/releases.py knows.
+EMULATED_ENGINES = ("2.11", "2.14", "2.17", "2.20")
 
 _QUANTIZATION = "pytorch/quantization.py"
 _SUPPORT = engine(_QUANTIZATION, 224, "def check_recipe_support")
@@ -200,4 +203,25 @@ def attention_emulated(job: PreflightInput) -> Iterator[Problem]:
             key="fp8_recipe.fp8_dpa",
             value=True,
             fix="Set fp8_recipe.fp8_dpa=false, or run on a GPU.",
+        )
+
+
+@rule(
+    "FP8-EMU-004",
+    "error",
+    "a Transformer Engine whose compiled module is not emulated",
+    source="nemo_fp8_recipes/emulation/binding/releases.py",
+    of_gpu=False,
+)
+def engine_emulated(job: PreflightInput) -> Iterator[Problem]:
+    version = job.te_version
+    if not job.emulated or version is None:
+        return
+    if ".".join(str(part) for part in parse(version)[:2]) not in EMULATED_ENGINES:
+        *most, last = EMULATED_ENGINES
+        yield Problem(
+            message=f"Transformer Engine {version} is not emulated: tested are {', '.join(most)} and {last}.",
+            key="versions.te",
+            value=version,
+            fix=f'Install one of them, such as: pip install "transformer-engine=={last}.*"',
         )

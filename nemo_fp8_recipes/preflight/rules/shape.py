@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nemo_fp8_recipes.preflight.citation import engine, megatron_lm
+from nemo_fp8_recipes.preflight.citation import Citation, engine, megatron_lm
 from nemo_fp8_recipes.preflight.hardware import BLACKWELL, Capability, any_gemm_layout
 from nemo_fp8_recipes.preflight.inputs import Hardware, PreflightInput
 from nemo_fp8_recipes.preflight.registry import Problem, rule
@@ -23,6 +23,7 @@ from nemo_fp8_recipes.preflight.shapes import (
     unmet,
 )
 from nemo_fp8_recipes.recipes import Recipe
+from nemo_fp8_recipes.targets.versions import at_least
 
 # Keys that change a dimension, the one to change first in front.
 _TOKENS = ("seq_length", "micro_batch_size")
@@ -177,22 +178,37 @@ def _divides(model: ModelShape, job: PreflightInput) -> bool:
 @rule(
     "FP8-SHP-002",
     "warning",
-    "the quantised all-gather falls back to BF16",
-    source=engine("pytorch/distributed.py", 1148, "if not quantizer.is_quantizable(inp)"),
+    "the quantised all-gather falls back to BF16, or is refused",
+    source=(
+        engine("pytorch/distributed.py", 1148, "if not quantizer.is_quantizable(inp)"),
+        Citation(
+            "TransformerEngine",
+            "v2.13",
+            "transformer_engine/pytorch/utils.py",
+            450,
+            "def assert_dim_for_all_gather",
+        ),
+    ),
     versions="transformer-engine >= 2.3",
     of_gpu=False,
 )
 def blockwise_all_gather(job: PreflightInput) -> Iterator[Problem]:
     if job.model is None or job.recipe.name != "blockwise" or not job.parallel.sequence:
         return
+    version = job.te_version
+    refused = version is not None and at_least(version, "2.8") and not at_least(version, "2.14")
     for linear in linears(job.model, job.parallel):
         if linear.name == "mlp.linear_fc1" and (linear.local_tokens % 128 or linear.input_features % 128):
+            done = f"TE {version} refuses to gather" if refused else "TE gathers"
+            how = "" if refused else " in BF16"
             yield Problem(
                 message=f"With {linear.local_tokens} tokens of {linear.input_features} features a rank, "
-                "TE gathers activations in BF16: in FP8 it gathers whole 128-blocks only.",
+                f"{done} activations{how}: in FP8 it gathers whole 128-blocks only.",
                 key="model.seq_length",
                 value=job.model.seq_length,
-                fix="Make tokens per rank and model.hidden_size multiples of 128.",
+                fix="Make tokens per rank and model.hidden_size multiples of 128"
+                + (", or upgrade Transformer Engine to 2.14 or later." if refused else "."),
+                severity="error" if refused else None,
             )
 
 

@@ -244,8 +244,8 @@ def changed_since(job: PreflightInput) -> Iterator[Problem]:
     "FP8-VER-008",
     "warning",
     "a Transformer Engine that Megatron-Core does not declare",
-    source="Requires-Dist of megatron-core 0.16.1: transformer-engine >= 2.9, < 2.12 (its extra `dev`); 2.14 "
-    "to 2.20 trained with it on the emulated device",
+    source="Requires-Dist of megatron-core 0.16.1: transformer-engine >= 2.9, < 2.12 (its extra `dev`); "
+    "2.11, 2.14, 2.17 and 2.20 trained with it on the emulated device",
     versions="megatron-core 0.16",
     of_gpu=False,
 )

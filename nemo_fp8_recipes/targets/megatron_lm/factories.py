@@ -32,7 +32,10 @@ _QPARAMS = {
 
 
 def tensorwise(role: Any) -> Any:
-    """`Float8CurrentScalingQuantizer` for a `QuantizerRole`, with `fp8_recipe=tensorwise`'s options."""
+    """`Float8CurrentScalingQuantizer` with `fp8_recipe=tensorwise`'s options.
+
+    Here and below `role` is a `QuantizerRole`, before Transformer Engine 2.16 a word.
+    """
     return _quantizer("tensorwise", role)
 
 
@@ -99,16 +102,20 @@ def _tensor(role: Any) -> str:
 
     TE's own factories treat such slots as forward ones too.
     """
-    tensor = getattr(role, "tensor_type", "")
+    # Before 2.16 a role is a word, "linear_input".
+    tensor = role.removeprefix("linear_") if isinstance(role, str) else getattr(role, "tensor_type", "")
     return tensor if tensor in (*_FORWARD, *_BACKWARD) else "output"
 
 
 def _state(te_object: Any, mode: str, role: Any, slots: tuple[str, ...]) -> Any:
-    from transformer_engine.pytorch.quantization import QuantizerRole, RecipeState
+    from transformer_engine.pytorch import quantization
 
-    module = role if role is not None else QuantizerRole()
-    roles = [dataclasses.replace(module, tensor_type=slot) for slot in slots]
-    return RecipeState.create(te_object, mode=mode, num_quantizers=len(slots), roles=roles)
+    made: dict[str, Any] = {"mode": mode, "num_quantizers": len(slots)}
+    role_class = getattr(quantization, "QuantizerRole", None)
+    if role_class is not None:
+        module = role if role is not None else role_class()
+        made["roles"] = [dataclasses.replace(module, tensor_type=slot) for slot in slots]
+    return quantization.RecipeState.create(te_object, **made)
 
 
 @functools.lru_cache(maxsize=8)

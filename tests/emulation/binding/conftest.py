@@ -17,7 +17,10 @@ from tests.emulation.binding.architecture import BLACKWELL, HOPPER, Architecture
 def te(emulated: EmulatedDevice) -> ModuleType:
     """transformer_engine.pytorch on the emulated device."""
     import transformer_engine.pytorch as te
+    import transformer_engine_torch
 
+    if not hasattr(te, "DType"):  # before 2.17, whose quantizers take the binding's own
+        te.DType = transformer_engine_torch.DType
     return te
 
 
@@ -34,7 +37,10 @@ def pose(te: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     """Pose as an architecture for one test, in the binding and in what TE's Python asks torch.cuda."""
     from transformer_engine.pytorch import quantization, utils
 
-    cached = (utils._get_device_compute_capability, utils.is_non_tn_fp8_gemm_supported)
+    cached = [utils._get_device_compute_capability, utils.is_non_tn_fp8_gemm_supported]
+    for check in ("check_fp8_support", "check_mxfp8_support", "check_fp8_block_scaling_support"):
+        if hasattr(getattr(quantization, check), "cache_clear"):  # up to 2.14; flags since
+            cached.append(getattr(quantization, check))
 
     def clear() -> None:
         for function in cached:
@@ -52,7 +58,8 @@ def pose(te: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         for flag in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
-            monkeypatch.setattr(quantization, flag, None)
+            if hasattr(quantization, flag):
+                monkeypatch.setattr(quantization, flag, None)
         monkeypatch.setattr(binding_device, "_device", Architecture(capability))
         clear()
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nemo_fp8_recipes import emulation
+from tests.support.te_release import RELEASE, nvfp4_reference, since
+from tests.support.te_release import reference as te_reference
 
 pytestmark = pytest.mark.usefixtures("blackwell")
 
@@ -26,10 +28,7 @@ def quantizer(te):
 
 @pytest.fixture
 def reference(te):
-    from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import NVFP4QuantizerRef
-    from transformer_engine.pytorch.custom_recipes.reference_utils import Fp4Formats
-
-    return lambda **options: NVFP4QuantizerRef(Fp4Formats.E2M1, **options)
+    return nvfp4_reference
 
 
 @pytest.fixture
@@ -41,9 +40,7 @@ def recipe(te):
 
 def values(packed, scale, amax):
     """float64 values of the reference's buffers, decoded by the reference's own table."""
-    from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import cast_from_fp4x2
-
-    codes = cast_from_fp4x2(packed, torch.float64)
+    codes = te_reference("nvfp4").cast_from_fp4x2(packed, torch.float64)
     return codes * scale.double().repeat_interleave(16, dim=1) * (amax.double().view(-1, 1) / 2688.0)
 
 
@@ -76,7 +73,9 @@ FOUR_OVER_SIX = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[since("2.20")] if case == "row-scaled" else []) for case in CASES]
+)
 @pytest.mark.parametrize("shape", [(64, 128), (4, 24, 96), (160, 32)], ids=str)
 def test_buffers_equal_the_reference(tex, quantizer, reference, case, shape):
     options, reference_options = CASES[case]
@@ -107,6 +106,7 @@ def test_buffers_equal_the_reference(tex, quantizer, reference, case, shape):
 
 @pytest.mark.parametrize("fast", [False, True], ids=["exact error", "fast error"])
 @pytest.mark.parametrize("case", FOUR_OVER_SIX)
+@since("2.17")
 def test_four_over_six_equals_the_reference(tex, quantizer, reference, monkeypatch, case, fast):
     monkeypatch.setenv("NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH", str(int(fast)))
     options = {"nvfp4_use_4over6": True, **FOUR_OVER_SIX[case]}
@@ -131,6 +131,7 @@ def test_four_over_six_equals_the_reference(tex, quantizer, reference, monkeypat
     assert error < without
 
 
+@since("2.17")
 def test_four_over_six_refuses_what_its_kernel_does(tex, quantizer):
     x = torch.randn(64, 64).bfloat16()
     for options, says in (
@@ -162,17 +163,22 @@ def test_one_direction_alone_is_that_of_both(tex, quantizer, direction):
 
 
 @pytest.mark.parametrize(
-    ("options", "shape", "swizzled"),
+    ("options", "shape", "swizzled", "releases"),
     [
-        ({"with_rht": True}, (64, 128), True),
-        ({"with_rht": True}, (32, 128), False),
-        ({"with_2d_quantization": True}, (128, 256), True),
-        ({"with_2d_quantization": True}, (64, 128), False),
-        ({}, (128, 128), False),
+        ({"with_rht": True}, (64, 128), True, ("2.17", "2.20")),
+        ({"with_rht": True}, (32, 128), False, ()),
+        ({"with_2d_quantization": True}, (128, 256), True, ("2.20",)),
+        ({"with_2d_quantization": True}, (64, 128), False, ()),
+        ({}, (128, 128), False, ()),
     ],
     ids=str,
 )
-def test_scales_are_swizzled_by_the_fused_kernels_or_after_them(tex, quantizer, options, shape, swizzled):
+@since("2.17")
+def test_scales_are_swizzled_by_the_fused_kernels_or_after_them(
+    tex, quantizer, options, shape, swizzled, releases
+):
+    if RELEASE not in releases:
+        swizzled = False
     x = torch.randn(shape).bfloat16()
     plain = tex.quantize(x, quantizer(**options))
     for_gemm = quantizer(**options)
@@ -208,10 +214,33 @@ def test_what_tes_kernels_refuse(tex, quantizer):
         tex.quantize(torch.ones(16, 32), quantizer(with_rht=True))
     with pytest.raises(RuntimeError, match="Pre-RHT amax is not supported"):
         tex.quantize(torch.ones(16, 32).bfloat16(), quantizer(with_rht=True, with_post_rht_amax=False))
+
+
+@since("2.17")
+def test_what_the_row_scaled_kernels_refuse(tex, quantizer):
     with pytest.raises(RuntimeError, match="does not support stochastic rounding"):
         tex.quantize(
             torch.ones(32, 32).bfloat16(), quantizer(row_scaled_nvfp4=True, stochastic_rounding=True)
         )
+
+
+@pytest.mark.skipif(RELEASE != "2.17", reason="2.17 has row-scaled NVFP4 and no columnwise data of it")
+def test_row_scaled_columns_are_refused_before_their_release(tex, quantizer):
+    x = torch.ones(32, 32).bfloat16()
+    with pytest.raises(RuntimeError, match="does not support columnwise usage"):
+        tex.quantize(x, quantizer(row_scaled_nvfp4=True))
+    assert tex.quantize(x, quantizer(row_scaled_nvfp4=True, columnwise=False))._amax_rowwise.shape == (32,)
+
+
+def test_square_blocks_of_columns_alone(tex, quantizer):
+    x = torch.randn(32, 64).bfloat16()
+    alone = quantizer(with_2d_quantization=True, rowwise=False)
+    if RELEASE in ("2.11", "2.14"):
+        with pytest.raises(RuntimeError, match="only supported when return_identity is true"):
+            tex.quantize(x, alone)
+        return
+    both = tex.quantize(x, quantizer(with_2d_quantization=True))
+    assert torch.equal(tex.quantize(x, alone)._columnwise_data, both._columnwise_data)
 
 
 def test_what_is_not_emulated_names_itself(tex, quantizer, monkeypatch):
@@ -289,12 +318,13 @@ def test_gradients_are_rounded_stochastically_from_the_seeded_generator(te, reci
     assert (mean - nearest).abs().mean() < (draws[0] - nearest).abs().mean()
 
 
+@since("2.17")
 def test_row_scaled_activations(te, recipe, reference):
     module = te.Linear(INPUTS, OUTPUTS, params_dtype=torch.bfloat16, bias=False)
     x = torch.randn(TOKENS, INPUTS).bfloat16() * torch.logspace(-3, 3, TOKENS).bfloat16()[:, None]
     with torch.no_grad(), te.autocast(recipe=recipe(row_scaled_activation=True, disable_rht=True)):
         y = module(x)
-    qx = reference(row_scaled_nvfp4=True).quantize(x)
+    qx = reference(row_scaled_nvfp4=True, columnwise=False).quantize(x)
     qw = reference(quant_tile_shape=(16, 16)).quantize(module.weight.detach())
     near(y, values(qx.data, qx.scale, qx.global_amax_row) @ values(qw.data, qw.scale, qw.global_amax_row).t())
 

@@ -77,9 +77,13 @@ def group(tmp_path):
 
 @pytest.mark.parametrize("maker", [delayed, tensorwise, mxfp8, lambda te: blockwise(te, dim=2)])
 def test_te_casts_master_weights(te, tex, maker, group):
-    """TE's own `quantize_master_weights`, which the distributed optimizer calls, writes the parameter in
-    place. It rounds the master weight to the parameter's dtype first."""
-    from transformer_engine.pytorch.tensor.utils import quantize_master_weights
+    """TE's own `quantize_master_weights` (`cast_master_weights_to_fp8` in 2.11), which the distributed
+    optimizer calls, writes the parameter in place. It rounds the master weight to the parameter's dtype
+    first."""
+    from transformer_engine.pytorch.tensor import utils
+
+    newer, older = "quantize_master_weights", "cast_master_weights_to_fp8"
+    quantize_master_weights = getattr(utils, newer if hasattr(utils, newer) else older)
 
     weight = torch.randn(256, 128)
     parameter = tex.quantize(torch.zeros(256, 128, dtype=torch.bfloat16), maker(te))

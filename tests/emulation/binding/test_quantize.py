@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.emulation.binding import oracle
+from tests.support.te_release import RELEASE, since
 
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS = ["e4m3", "e5m2"]
@@ -134,6 +135,7 @@ def test_mxfp8_against_torchao(te, tex, dtype, fmt):
     assert not tensor._rowwise_scale_inv[:, 5:].any()
 
 
+@since("2.14")
 def test_mxfp8_scales_are_swizzled_for_the_gemm_on_demand(te, tex):
     x = torch.randn(256, 512)
     natural = tex.quantize(x, mxfp8(te))
@@ -159,6 +161,7 @@ def test_mxfp8_scales_are_swizzled_for_the_gemm_on_demand(te, tex):
     assert torch.equal(natural._columnwise_scale_inv, swizzled._columnwise_scale_inv)
 
 
+@since("2.20")
 def test_mxfp8_square_blocks_share_codes(te, tex):
     x = torch.randn(64, 64)
     tensor = tex.quantize(x, mxfp8(te, with_2d_quantization=True))
@@ -248,7 +251,8 @@ def test_internal_tensors_are_storages(te, tex, name, internal):
     quantizer.internal = internal
     tensor = tex.quantize(torch.randn(64, 64, dtype=torch.bfloat16), quantizer)
     assert isinstance(tensor, torch.Tensor) is not internal
-    assert tensor._dtype == torch.bfloat16
+    if RELEASE != "2.11":  # whose storages do not say
+        assert tensor._dtype == torch.bfloat16
     assert type(tensor._fp8_dtype) is te.DType
 
 
@@ -337,6 +341,8 @@ def test_strided_input(te, tex):
 def test_mxfp8_dimensions(te, tex):
     with pytest.raises(RuntimeError, match=r"divisible by 32 \(got shape=\(48, 64\)\)"):
         tex.quantize(torch.randn(48, 64), mxfp8(te))
+    if RELEASE in ("2.11", "2.14"):
+        return
     with pytest.raises(RuntimeError, match="divisible by 32"):
         tex.create_empty_quantized_tensor(mxfp8(te), [64, 40], torch.float32, torch.device("cpu"), False)
 

@@ -23,7 +23,13 @@ from nemo_fp8_recipes.telemetry.probes import (
 )
 from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
-from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam, any_quantized, is_quantized, is_quantizer
+from nemo_fp8_recipes.telemetry.seam import (
+    QUANTISING,
+    BindingSeam,
+    is_quantized,
+    is_quantizer,
+    quantized_type,
+)
 from nemo_fp8_recipes.telemetry.series import TENSORS
 from nemo_fp8_recipes.telemetry.sources import sources
 from nemo_fp8_recipes.telemetry.whatif import WhatIf
@@ -38,11 +44,15 @@ _MAX_STRANGERS = 1 << 14
 
 
 class _Known(NamedTuple):
-    """An object of Transformer Engine, kept so that its id stays its own, and whose it is."""
+    """An object of Transformer Engine, kept so that its id stays its own, and whose it is; of a quantizer
+    also who reads what it makes, and whether that is a gradient.
+    """
 
     kept: Any
     linear: Linear
     operand: Operand
+    probe: Probe | None = None
+    gradient: bool = False
 
 
 class _Made(NamedTuple):
@@ -177,8 +187,8 @@ class Observer:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            given = (*args, *kwargs.values())
-            if not self._rereads and self._quantised_one(given, result):
+            given = (*args, *kwargs.values()) if kwargs else args
+            if not (self._stats or self.whatif.chosen) and self._quantised_one(given, result):
                 return result
             pairs = _made(given, result)
             if not pairs:
@@ -189,10 +199,11 @@ class Observer:
                 if known is not None and self._counts(known):
                     # A tensor that is written again is a weight or a parameter, and its scale is read where
                     # it is kept.
-                    made.append(_Made(known.operand, quantizer, tensor, any_quantized(given), position))
+                    again = any(map(is_quantized, given))
+                    made.append(_Made(known.operand, quantizer, tensor, again, position))
             for one in made:
                 self._quantised(one.operand, one.quantizer, one.tensor, written_again=one.written_again)
-            if not self._rereads:
+            if not (self._stats or self.whatif.chosen):
                 return result
             reread = [one for one in made if self._is_reread(one.operand)]
             if reread:
@@ -204,35 +215,41 @@ class Observer:
 
         return call
 
-    @property
-    def _rereads(self) -> bool:
-        """Whether tensors are read again in this step."""
-        return self._stats or bool(self.whatif.chosen)
-
     def _quantised_one(self, given: Sequence[Any], result: Any) -> bool:
         """Take in a call that made one tensor with a quantizer that is known, as most do; False: the call is
         another one. It runs between Transformer Engine's kernels, where all that it touches is out of the
         caches: so it does as little as it can.
         """
-        operands, strangers = self._operands, self._strangers
+        operands = self._operands
         for quantizer in given:
             known = operands.get(id(quantizer))
             if known is not None:
                 break
-            if id(quantizer) in strangers and strangers[id(quantizer)] is quantizer:
-                return True
         else:
+            strangers = self._strangers
+            for one in given:  # noqa: SIM110 - a generator takes longer than all of this
+                if id(one) in strangers and strangers[id(one)] is one:
+                    return True
             return False
         tensor = result
-        if isinstance(result, (tuple, list)):
-            made = [item for item in result if is_quantized(item)]
+        if type(result) is tuple or type(result) is list:
+            made = [item for item in result if quantized_type(type(item))]
             if len(made) != 1:
                 return False
             tensor = made[0]
-        elif not is_quantized(result):
+        elif not quantized_type(type(result)):
             return False
-        if self._counts(known):
-            self._quantised(known.operand, quantizer, tensor, written_again=any_quantized(given))
+        operand = known.operand
+        if not known.gradient and not (
+            known.linear.module.training
+            and (torch._C._current_graph_task_id() == -1 or operand not in self._seen)
+        ):
+            return True
+        self._seen.add(operand)
+        if known.probe is not None and not any(map(quantized_type, map(type, given))):
+            if known.gradient and not self._primary_read:
+                self._read_weights(primary=True)
+            known.probe.quantised(operand, quantizer, tensor)
         return True
 
     def _counts(self, known: _Known) -> bool:
@@ -298,14 +315,20 @@ class Observer:
         if lists != self._quantizers:
             self._quantizers = [list(quantizers) for quantizers in lists]
             self._operands = {
-                id(quantizer): _Known(quantizer, linear, Operand(linear.path, tensor))
+                id(quantizer): _Known(
+                    quantizer,
+                    linear,
+                    Operand(linear.path, tensor),
+                    self._by_quantizer.get(type(quantizer).__name__),
+                    tensor == "grad_output",
+                )
                 for linear in self._linears
                 for tensor, quantizer in linear.quantizers()
                 if quantizer is not None
             }
         # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
         self._weights = {}
-        if self._rereads:
+        if self._stats or self.whatif.chosen:
             self._weights = {
                 id(weight): _Known(weight, linear, linear.weight_operand)
                 for linear in self._linears

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
 
-__all__ = ["QUANTISING", "BindingSeam", "any_quantized", "is_quantized", "is_quantizer"]
+__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer", "quantized_type"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -54,12 +54,12 @@ class _Places(NamedTuple):
     Attributes:
         modules: number of loaded modules.
         originals: the functions; None for those that this release lacks.
-        places: module, name in it, the function, and what takes its place.
+        places: namespace of a module, name in it, the function, and what takes its place.
     """
 
     modules: int
     originals: list[Any]
-    places: list[tuple[Any, str, Any, Any]]
+    places: list[tuple[dict[str, Any], str, Any, Any]]
 
     def stale(self, originals: list[Any]) -> bool:
         return len(sys.modules) != self.modules or originals != self.originals
@@ -76,7 +76,7 @@ class BindingSeam:
     def __init__(self, wrappers: Mapping[str, Wrapper], python: Mapping[str, Wrapper]) -> None:
         self._wrappers = dict(wrappers)
         self._python = dict(python)
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
         self._open = False
         self._capture_flags: tuple[Callable[[], bool], ...] = ()
         self._found: _Places | None = None
@@ -98,10 +98,10 @@ class BindingSeam:
         originals += [vars(quantization).get(name) for name in self._python]
         if self._found is None or self._found.stale(originals):
             self._found = self._look(binding, quantization, originals)
-        for module, attribute, original, replacement in self._found.places:
-            if vars(module).get(attribute) is original:
-                self._undo.append((module, attribute, original))
-                setattr(module, attribute, replacement)
+        for namespace, name, original, replacement in self._found.places:
+            if namespace.get(name) is original:
+                self._undo.append((namespace, name, original))
+                namespace[name] = replacement
 
     def _look(self, binding: Any, quantization: Any, originals: list[Any]) -> _Places:
         """Names that are bound to one of the functions: `from transformer_engine_torch import *` in
@@ -113,7 +113,7 @@ class BindingSeam:
             if original is not None:
                 replacements[id(original)] = (original, self._guarded(original, wrapper))
         places = [
-            (module, attribute, *replacements[id(value)])
+            (vars(module), attribute, *replacements[id(value)])
             for name, module in list(sys.modules.items())
             if module is not None and name.startswith("transformer_engine")
             for attribute, value in list(vars(module).items())
@@ -122,15 +122,15 @@ class BindingSeam:
         for name, wrapper in self._python.items():
             original = vars(quantization).get(name)
             if original is not None:
-                places.append((quantization, name, original, self._guarded(original, wrapper)))
+                places.append((vars(quantization), name, original, self._guarded(original, wrapper)))
         return _Places(len(sys.modules), originals, places)
 
     def close(self) -> None:
         """Put every original back."""
         self._open = False
         while self._undo:
-            module, attribute, value = self._undo.pop()
-            setattr(module, attribute, value)
+            namespace, name, original = self._undo.pop()
+            namespace[name] = original
 
     def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
         """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
@@ -141,24 +141,14 @@ class BindingSeam:
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._open or torch.cuda.is_current_stream_capturing() or self._warming_up():
+            if not self._open or torch.cuda.is_current_stream_capturing():
                 return original(*args, **kwargs)
+            for flag in self._capture_flags:
+                if flag():
+                    return original(*args, **kwargs)
             return wrapped(*args, **kwargs)
 
         return call
-
-    def _warming_up(self) -> bool:
-        """Whether Transformer Engine or Megatron says that it is making a CUDA graph."""
-        for flag in self._capture_flags:  # noqa: SIM110 - no generator: this runs at every quantising call
-            if flag():
-                return True
-        return False
-
-
-def any_quantized(values: Iterable[object]) -> bool:
-    """Whether one of `values` is a quantised tensor of Transformer Engine."""
-    kinds: Any = map(type, values)
-    return any(map(_is_quantized, kinds))
 
 
 def is_quantizer(value: object) -> bool:
@@ -181,6 +171,10 @@ def _is_quantizer(kind: Hashable) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_quantized(kind: Hashable) -> bool:
     return _derives(kind, "QuantizedTensorStorage")
+
+
+quantized_type: Callable[[Any], bool] = _is_quantized
+"""Whether a class is that of a quantised tensor, see `is_quantized`; no Python runs for one that was seen."""
 
 
 def _derives(kind: Hashable, name: str) -> bool:

@@ -63,4 +63,4 @@ class Nvfp4Probe(TensorwiseProbe):
 
     def _number(self, tensor: Any) -> Tensor:
         kept: Tensor = tensor._amax_columnwise if tensor._amax_rowwise is None else tensor._amax_rowwise
-        return kept.detach() if kept.numel() == 1 else kept.detach().amax()
+        return kept if kept.numel() == 1 else kept.detach().amax()

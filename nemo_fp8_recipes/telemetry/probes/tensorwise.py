@@ -23,6 +23,8 @@ class TensorwiseProbe(Probe):
 
     def __init__(self, indices: IndexCache) -> None:
         self._indices = indices
+        self._known: dict[Operand, tuple[Any, ReadingSpec]] = {}
+        """What is read of an operand, and the quantizer that made it so."""
         self.begin()
 
     def begin(self) -> None:
@@ -39,14 +41,17 @@ class TensorwiseProbe(Probe):
         slot = self._slots.get(operand)
         if slot is None:
             slot = self._slots[operand] = len(self._specs)
-            self._specs.append(self._spec(operand, quantizer))
+            known = self._known.get(operand)
+            if known is None or known[0] is not quantizer:
+                known = self._known[operand] = (quantizer, self._spec(operand, quantizer))
+            self._specs.append(known[1])
         self._slot_of.append(slot)
         # An alias, because Transformer Engine empties the attributes of saved tensors.
-        self._waiting.append(self._number(tensor).view(1))
+        self._waiting.append(self._number(tensor).detach())
 
     def settle(self) -> None:
         if self._waiting:
-            self._read.append(torch.cat(self._waiting))
+            self._read.append(torch._C._nn.flatten_dense_tensors(self._waiting))
             self._waiting = []
 
     def end(self) -> Reading | None:
@@ -78,5 +83,5 @@ class TensorwiseProbe(Probe):
 
     def _number(self, tensor: Any) -> Tensor:
         """The one number that is read of a quantised tensor, not negative."""
-        scale_inv: Tensor = tensor._scale_inv.detach()
+        scale_inv: Tensor = tensor._scale_inv
         return scale_inv

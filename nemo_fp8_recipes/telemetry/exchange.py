@@ -287,7 +287,7 @@ class Exchange:
         places = self._reduce(layout, reading, device)
         if not self._writer:
             places = places[:1]
-        if places.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if places.device.type == "cpu" or torch.cuda.is_current_stream_capturing():
             return InFlight(self, kind, reading, places, None)
         host = torch.empty(places.shape, dtype=places.dtype, pin_memory=True)
         host.copy_(places, non_blocking=True)

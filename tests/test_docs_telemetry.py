@@ -6,11 +6,14 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_fp8_recipes.recipes import load
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.store.alerts import AlertLog
+from nemo_fp8_recipes.training.alert_actions import AlertActions
 from tests.report.runs import make
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "telemetry.md"
@@ -25,9 +28,17 @@ def test_the_snippet_runs(code: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     make(tmp_path)
     alert = Alert(10, "saturation", "warn", "clipped", "m", "input", 4.0, (("m", "input"),))
     AlertLog(tmp_path).append([alert, dataclasses.replace(alert, step=20)])
-    exec(compile(code, str(DOCUMENT), "exec"), {"RUN": str(tmp_path)})
-    assert capsys.readouterr().out
+    names: dict[str, Any] = {"RUN": str(tmp_path)}
+    exec(compile(code, str(DOCUMENT), "exec"), names)
+    if "heard" in names:  # the callback, which says what to do by what it returns
+        actions = AlertActions(names["heard"], switches=True)
+        actions((dataclasses.replace(alert, rule="underflow"),))
+        assert (actions.take_checkpoint(), actions.take_recipe()) == (False, None)
+        actions((alert,))
+        assert (actions.take_checkpoint(), actions.take_recipe()) == (True, load("tensorwise"))
+    else:
+        assert capsys.readouterr().out
 
 
 def test_there_are_snippets() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5

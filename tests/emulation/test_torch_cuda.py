@@ -75,7 +75,8 @@ def test_queries_answer_for_the_posing_device() -> None:
     assert "B200" in torch.cuda.get_device_name(0)
     assert torch.cuda.get_device_properties("cuda").multi_processor_count == 148
     free, total = torch.cuda.mem_get_info()
-    assert free == total == 180 * 2**30
+    assert total == 180 * 2**30
+    assert 0 < free <= total  # what the host can give
     assert torch.cuda.memory_allocated() == 0
 
 

@@ -89,11 +89,16 @@ def transposed_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def allocate(
     layout: Layout, quantizer: Any, shape: Sequence[int], device: torch.device, *, zero_scales: bool = False
 ) -> Buffers:
-    """Buffers with no defined content; with `zero_scales` those of scales are zero, as their padding is."""
+    """Buffers with no defined content; with `zero_scales` those of scales are zero, as their padding is.
+
+    An amax is always zero: that of an empty tensor is read, and nothing writes it.
+    """
     return {
-        name: (torch.zeros if zero_scales and name.endswith("_scale_inv") else torch.empty)(
-            spec_shape, dtype=spec_dtype, device=device
-        )
+        name: (
+            torch.zeros
+            if name.startswith("_amax") or (zero_scales and name.endswith("_scale_inv"))
+            else torch.empty
+        )(spec_shape, dtype=spec_dtype, device=device)
         for name, (spec_shape, spec_dtype) in layout.specs(quantizer, shape).items()
     }
 

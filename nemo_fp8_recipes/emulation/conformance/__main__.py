@@ -150,16 +150,21 @@ def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
         )
         log = Path(scratch) / "log"
         ended = ""
+        status = 0
         with log.open("w", encoding="utf-8") as out:
             try:
-                subprocess.run(
+                status = subprocess.run(
                     command, cwd=tests, env=environment, stdout=out, stderr=out, timeout=seconds, check=False
-                )
+                ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"{STOPPED} {seconds / 60:.1f} minutes"
         entries = []
         if outcomes.exists():
             entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
+        if status not in (0, 1) and not ended:  # pytest's own: all passed, some failed
+            ran = sum("id" in entry for entry in entries)
+            ended = f"pytest ended with status {status} after {ran} tests: "
+            ended += log.read_text(encoding="utf-8", errors="replace")[-300:]
         if not any("id" in entry for entry in entries):
             ended = ended or log.read_text(encoding="utf-8", errors="replace")[-500:]
         if ended:

@@ -56,6 +56,7 @@ def spread(items: Sequence[Any], wanted: int) -> list[Any]:
     return [items[index] for index in sorted(chosen)]
 
 
+@pytest.hookimpl(trylast=True)  # of what -k leaves
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = spread(items, config.getoption("--sample"))
     _note(config, {"collected": len(items), "run": len(kept)})

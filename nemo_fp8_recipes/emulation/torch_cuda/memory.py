@@ -1,5 +1,5 @@
 """Memory of the posing device. Nothing is allocated there, so nothing is in use; its size is the data
-sheet's.
+sheet's. What is free is what the host can still give: a program that asks first gets no more than there is.
 """
 
 # ruff: noqa: ARG001 -- the signatures are torch's
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     reason = "there is no CUDA allocator"
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        return (total, total)
+        return (min(total, _available(total)), total)
 
     def memory_stats(device: Any = None) -> dict[str, int]:
         return defaultdict(int)
@@ -61,6 +62,17 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
         _everywhere(ledger, name, _constant(name, None), reason)
     for name in _NOTHING_IN_USE:
         _everywhere(ledger, name, _constant(name, 0), reason)
+
+
+def _available(unknown: int) -> int:
+    """Bytes that the host can give to new processes; `unknown` where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return unknown
 
 
 def _constant(name: str, value: Any) -> Callable[..., Any]:

@@ -336,3 +336,11 @@ def test_inner_dimensions_that_cublas_does_not_take(te, recipe):
         pytest.raises(RuntimeError, match=r"suitable cuBLAS GEMM algorithm .*k=48"),
     ):
         module(torch.randn(64, 48).bfloat16())
+
+
+def test_an_empty_tensor_has_an_amax_of_zero(tex, quantizer):
+    for _ in range(3):
+        torch.full((64,), torch.nan)  # memory that would be seen where nothing is written
+        found = tex.quantize(torch.empty(0, 64).bfloat16(), quantizer(row_scaled_nvfp4=True))
+        assert not found._amax_columnwise.any()
+        assert found._amax_columnwise.shape == (64,)

@@ -145,3 +145,13 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     main([*call, "--sample", "1"])
     main([*call, "--sample", "1"])  # what ran out of time is not kept
     assert len(ran) == 5
+
+
+def test_a_pytest_that_dies_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_recipe.py").write_text(
+        "import os\n\ndef test_one():\n    pass\n\ndef test_dies():\n    os._exit(7)\n"
+    )
+    assert main([str(tmp_path), "test_recipe.py"]) == 1
+    table = capsys.readouterr().out
+    assert "pytest ended with status 7 after 1 tests" in table
+    assert "| `test_recipe.py (b200)` | 2 | 2 | 1 | 1 | 0 | 0 |" in table

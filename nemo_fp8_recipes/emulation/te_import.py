@@ -88,7 +88,7 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         )
     before = set(sys.modules)
     _remember_what_te_changes(ledger)
-    _settle_triton()
+    _settle_triton(ledger)
     try:
         with _environment(), placeholders(_OPTIONAL), warnings.catch_warnings():
             # TE's docstrings of optional parts warn about what is not installed.
@@ -178,11 +178,24 @@ def _is_te(name: str) -> bool:
     return name.split(".", 1)[0] == "transformer_engine"
 
 
-def _settle_triton() -> None:
-    """Let torch find out, and remember, whether triton is really there before a placeholder is."""
+def _settle_triton(ledger: PatchLedger) -> None:
+    """Let torch find out, and remember, whether triton is really there before a placeholder is; where it is,
+    it has no GPU to compile for.
+    """
     import torch.utils._triton
 
     torch.utils._triton.has_triton_package()
+
+    @functools.cache
+    def has_triton() -> bool:
+        return False
+
+    ledger.set(
+        torch.utils._triton,
+        "has_triton",
+        has_triton,
+        "torch.compile would ask Triton for the driver of a GPU that torch.cuda says is there",
+    )
 
 
 @contextlib.contextmanager

@@ -100,6 +100,7 @@ def test_the_import_leaves_no_trace_of_its_preparations() -> None:
             assert not (missing and name in sys.modules), name
         import torch.utils._triton
         assert torch.utils._triton.has_triton_package() == (importlib.util.find_spec("triton") is not None)
+        assert not torch.utils._triton.has_triton(), "torch.compile would look for the GPU's driver"
         assert not [f for f in sys.meta_path if type(f).__module__.endswith("te_import")]
         assert all(patch.reason for patch in emulation.patches())
         """

@@ -75,11 +75,12 @@ inline void apply_rule(const Rule& rule, const int32_t* __restrict amax, int64_t
   }
 }
 
-// Rows alone: one row after the other, in pieces that stay in the first-level cache.
+// Rows alone: one row after the other, in pieces that stay in the first-level cache. `far`: the matrix is too large
+// for the caches of a core.
 template <int Block, class Out, class Rule>
-void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, const Rule& rule,
+void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, bool far, const Rule& rule,
                    const Direction<typename Rule::Kept>& out) {
-  constexpr int64_t kPiece = 2048, kBlocks = kPiece / Block;
+  constexpr int64_t kPiece = 2048, kBlocks = kPiece / Block, kAhead = 256;
   alignas(64) float buffer[kPiece];
   alignas(64) int32_t largest[kBlocks];
   alignas(64) float multiplier[kBlocks];
@@ -93,7 +94,11 @@ void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, const Rule& 
       block_maxima<Block>(values, whole, largest);
       if (rest) largest[whole] = largest_magnitude(values + whole * Block, rest);
       apply_rule(rule, largest, blocks, multiplier, kept);
-      encode_blocks<Out, Block>(values, length, multiplier, codes);
+      for (int64_t c = 0; c < length; c += kAhead) {
+        // The next piece, while this one keeps the arithmetic busy.
+        for (int64_t t = 0; far && t < kAhead; t += 16) x.prefetch(i * k + j + kPiece + c + t);
+        encode_blocks<Out, Block>(values + c, std::min(kAhead, length - c), multiplier + c / Block, codes + c);
+      }
       for (int64_t b = 0; b < blocks; ++b) out.scales[out.place.at(i, j / Block + b)] = kept[b];
     }
   }
@@ -217,7 +222,7 @@ void quantize_blocks(Input x, int64_t m, int64_t k, bool square, const Rule& rul
                      const Direction<typename Rule::Kept>& columnwise, int32_t threads) {
   if (!square && !columnwise.codes) {
     parallel(m, threads, [&](int64_t first, int64_t last) {
-      quantize_rows<Block, Out, Rule>(x, k, first, last, rule, rowwise);
+      quantize_rows<Block, Out, Rule>(x, k, first, last, m * k > (int64_t(1) << 18), rule, rowwise);
     });
     return;
   }

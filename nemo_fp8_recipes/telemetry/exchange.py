@@ -7,9 +7,9 @@ places and leaves the others empty; one all-reduce with the maximum then gives e
 
 That the maximum also serves minima, means and NaN is a matter of encoding: an fp32 becomes the int32 of the
 same order, with NaN above +Inf; a minimum is stored complemented; a mean has a place for each rank, and every
-rank's own number counts once; the scale of delayed scaling, on which the ranks should agree, has a place for
-its minimum and one for its maximum. Integers
-reduce the same way in NCCL and gloo, whose floating-point maxima differ on NaN.
+rank's own number counts once, or as often as it has blocks; the scale of delayed scaling, on which the ranks
+should agree, has a place for its minimum and one for its maximum. Integers reduce the same way in NCCL
+and gloo, whose floating-point maxima differ on NaN.
 
 Place 0 says whether a rank read something the layout does not have yet. Then, and in the first logging step,
 the ranks gather their lists anew. Steps of another kind, which read more, have a layout of their own, so that
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_fp8_recipes.telemetry.found import Found
-from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.base import COUNT, WEIGHED, Reading, ReadingSpec
 
 __all__ = ["Exchange", "InFlight", "decode", "encode"]
 
@@ -77,6 +77,8 @@ class _Layout:
         averages: the specs whose ranks are averaged; they have a place for each rank.
         rooted: bool (averages,), where it is the root of the mean square.
         average_places: int64 (averages, ranks).
+        weighed: int64 (2, weighed averages): positions among `averages` of those that are weighed, and of
+            their weights.
         others: the other specs.
         other_places: int64 (others,), the first place of each.
         ranged: int64, positions among `others` of those with a minimum and a maximum.
@@ -90,6 +92,7 @@ class _Layout:
     averages: tuple[ReadingSpec, ...]
     rooted: np.ndarray
     average_places: np.ndarray
+    weighed: np.ndarray
     others: tuple[ReadingSpec, ...]
     other_places: np.ndarray
     ranged: np.ndarray
@@ -112,6 +115,12 @@ class _Layout:
         averages = tuple(spec for spec in ordered if spec.combine in _AVERAGES)
         rooted = np.asarray([spec.combine == "rms" for spec in averages], dtype=bool)
         first = np.asarray([starts[spec] for spec in averages], dtype=np.int64)
+        position = {spec: index for index, spec in enumerate(averages)}
+        weights = [
+            (position[spec], position[count])
+            for spec in averages
+            if spec.name in WEIGHED and (count := spec._replace(name=COUNT, combine="mean")) in position
+        ]
         others = tuple(spec for spec in ordered if spec.combine not in _AVERAGES)
         return cls(
             ordered,
@@ -121,6 +130,7 @@ class _Layout:
             averages,
             rooted,
             first[:, None] + np.arange(world_size),
+            np.asarray(weights, dtype=np.int64).reshape(-1, 2).T,
             others,
             np.asarray([starts[spec] for spec in others], dtype=np.int64),
             np.asarray([index for index, spec in enumerate(others) if _ranged(spec)], dtype=np.int64),
@@ -165,12 +175,16 @@ class _Layout:
         """
         here = values[self.average_places].astype(np.float64)
         present = places[self.average_places] != _ABSENT
-        number = present.sum(axis=1)
+        weights = present.astype(np.float64)
+        weighed, by = self.weighed
+        counts = np.where(present[by], here[by], 0.0)
+        # Where no rank has a block that counts there is nothing to weigh.
+        weights[weighed] *= np.where(counts.sum(axis=1, keepdims=True) > 0, counts, 1.0)
         powers = np.where(self.rooted[:, None], np.square(here), here)
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.where(present, powers, 0.0).sum(axis=1) / number
+            mean = np.where(weights > 0, powers * weights, 0.0).sum(axis=1) / weights.sum(axis=1)
             mean = np.where(self.rooted, np.sqrt(mean), mean).astype(np.float32)
-        return mean, number > 0
+        return mean, present.any(axis=1)
 
 
 @dataclass(frozen=True)

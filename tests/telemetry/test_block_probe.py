@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes import BlockProbe, Reading, scale_codes
 from nemo_fp8_recipes.telemetry.probes import blocks as blocks_module
+from nemo_fp8_recipes.telemetry.probes.base import COUNT
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from tests.telemetry.launches import Launches
@@ -47,7 +48,9 @@ class Stored:
 
 def read(reading: Reading | None) -> dict[str, float]:
     assert reading is not None
-    return {spec.name: float(value) for spec, value in zip(reading.specs, reading.values, strict=True)}
+    found = {spec.name: float(value) for spec, value in zip(reading.specs, reading.values, strict=True)}
+    found.pop(COUNT)
+    return found
 
 
 def distribution(scale_inv: np.ndarray, *, exponents: bool = False) -> dict[str, Any]:
@@ -167,6 +170,19 @@ def test_columnwise_scales_are_read_only_where_there_are_no_rowwise_ones() -> No
         if spec.name == "scale_inv_max"
     }
     assert largest == {"both": 2.0 ** (int(codes.max()) - 127), "only": 2.0**73}
+
+
+def test_the_blocks_that_are_not_empty_are_counted_over_micro_batches() -> None:
+    probe = BlockProbe(IndexCache(), "mxfp8")
+    for codes in ([[0, 127, 128, 0]], [[1, 2, 3, 0]]):
+        scale = padded(np.asarray(codes, dtype=np.uint8), 128, 4, GARBAGE)
+        probe.quantised(
+            Operand("m", "input"), Quantizer(), Stored(torch.zeros(1, 128, dtype=torch.uint8), scale)
+        )
+    reading = probe.end()
+    assert reading is not None
+    named = zip(reading.specs, reading.values.tolist(), strict=True)
+    assert [value for spec, value in named if spec.name == COUNT] == [5.0]
 
 
 def test_micro_batches_are_combined() -> None:

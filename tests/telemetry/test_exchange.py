@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nemo_fp8_recipes.telemetry import exchange as exchange_module
 from nemo_fp8_recipes.telemetry.exchange import Exchange, decode, encode
-from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.base import COUNT, Reading, ReadingSpec
 
 CPU = torch.device("cpu")
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -77,6 +77,24 @@ def test_something_new_is_not_lost() -> None:
 
 
 # -- several ranks
+
+
+def test_a_mean_over_blocks_is_weighed_with_the_blocks_of_each_rank() -> None:
+    mean, rms, count = (
+        spec("m", "scale_inv_mean", "mean"),
+        spec("m", "scale_inv_rms", "rms"),
+        spec("m", COUNT, "mean"),
+    )
+    empty = [one._replace(module="empty") for one in (mean, rms, count)]
+    layout = exchange_module._Layout.of([mean, rms, count, *empty], 3)
+    places = np.full(layout.size, exchange_module._ABSENT, dtype=np.int32)
+    values = {mean: [1.0, 4.0], rms: [1.0, 4.0], count: [300.0, 100.0], **{one: [0.0, 0.0] for one in empty}}
+    for one, numbers in values.items():  # the third rank has none of them
+        places[layout.starts[one] : layout.starts[one] + 2] = codes(numbers, minimum=False)
+    found = layout.found(places)
+    assert found[mean] == np.float32(1.75)
+    assert found[rms] == np.float32(np.sqrt((300 * 1 + 100 * 16) / 400))
+    assert [found[one] for one in empty] == [0.0, 0.0, 0.0]
 
 
 def _free_port() -> int:

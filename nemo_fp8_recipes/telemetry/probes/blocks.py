@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.telemetry.linears import Operand
-from nemo_fp8_recipes.telemetry.probes.base import Combine, Probe, Reading, ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.base import COUNT, Combine, Probe, Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.scale_codes import (
     E4M3_SCALES,
@@ -295,6 +295,7 @@ def _specs(recipe: str, operands: tuple[tuple[Operand, bool, str, bool], ...]) -
     named: tuple[tuple[str, Combine], ...] = (
         *((f"scale_inv_{name}", combine) for name, combine in _STATS),
         ("blocks", "max"),
+        (COUNT, "mean"),
     )
     return tuple(
         ReadingSpec(operand.module, operand.tensor, name, recipe, fmt, combine, power_of_two=power_of_two)

@@ -66,9 +66,9 @@ class ScaleFormat:
                 known better than from the codes.
 
         Returns:
-            fp64 (6 + len(PERCENTILES) + 1, operands): max, min, mean, rms, the percentiles, at_min, at_max
-            and `more`. Empty blocks count for at_min only; without any other block the rest is 0. A scale
-            that is no number makes max, mean and rms Inf. Percentiles are nearest-rank: the smallest scale
+            fp64 (6 + len(PERCENTILES) + 2, operands): max, min, mean, rms, the percentiles, at_min, at_max,
+            `more`, and the number of blocks that are not empty. Empty blocks count for at_min only; without
+            any other block the rest is 0. A scale that is no number makes max, mean and rms Inf. Percentiles are nearest-rank: the smallest scale
             that at least that share of the scales does not exceed.
         """
         device = counts.device
@@ -94,7 +94,7 @@ class ScaleFormat:
             ends, mean = exact
         largest = everything - cumulative[:, self.largest - 1 : self.largest]
         shares = torch.cat([lowest, largest], dim=1) / everything
-        return torch.cat([ends, mean, found[:, 2:], shares, more[:, None]], dim=1).t()
+        return torch.cat([ends, mean, found[:, 2:], shares, more[:, None], number.double()], dim=1).t()
 
     def _table(self, device: torch.device, indices: IndexCache, name: str) -> Tensor:
         """What each code stands for, on the device; uploaded once. "values" is fp64 (256,), "moments" is fp64

@@ -68,8 +68,9 @@ class ScaleFormat:
         Returns:
             fp64 (6 + len(PERCENTILES) + 2, operands): max, min, mean, rms, the percentiles, at_min, at_max,
             `more`, and the number of blocks that are not empty. Empty blocks count for at_min only; without
-            any other block the rest is 0. A scale that is no number makes max, mean and rms Inf. Percentiles are nearest-rank: the smallest scale
-            that at least that share of the scales does not exceed.
+            any other block the rest is 0. A scale that is no number makes max, mean and rms Inf.
+            Percentiles are nearest-rank: the smallest scale that at least that share of the scales does not
+            exceed.
         """
         device = counts.device
         cumulative = counts.cumsum(dim=1)

@@ -17,7 +17,7 @@ Works while the run is going on.
 
   RUN           run directory, as printed by nemo-fp8 train; --html takes several, to compare them
   --text        print to the terminal (the default)
-  --json        print one JSON document
+  --json        print one JSON document; of each amax history window the newest 32 entries
   --html        write one HTML file that needs no network; FILE is RUN/report.html where it is not given
   --all-layers  a row for every layer, however many there are
 

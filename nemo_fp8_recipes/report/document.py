@@ -7,12 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_fp8_recipes.report.effect import effects
+from nemo_fp8_recipes.report.effect import TensorEffect, effects
 from nemo_fp8_recipes.report.run import load
 
 __all__ = ["SCHEMA_VERSION", "document"]
 
 SCHEMA_VERSION = 1
+
+_WINDOW = 32
+"""Entries of an amax history window that are given. Windows have up to thousands, of every tensor; the store has
+all of them (`telemetry.store.read(run_dir, stat="amax_history")`).
+"""
 
 
 def document(run_dir: str | Path) -> dict[str, Any]:
@@ -20,7 +25,8 @@ def document(run_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         schema_version, run (`run.json`), loss (first and last step and loss), tensors (the fields of
-        `TensorEffect` and growth), alerts (the fields of `Alert`). A number that is not finite is None.
+        `TensorEffect` and growth; of `window` the newest 32 entries, and how many it has as window_length),
+        alerts (the fields of `Alert`). A number that is not finite is None.
 
     Raises:
         ReportError: see `run.load`.
@@ -43,11 +49,19 @@ def document(run_dir: str | Path) -> dict[str, Any]:
                 "last": losses[-1][1],
             },
             "alerts": [alert.to_dict() for alert in run.alerts],
-            "tensors": [
-                {**dataclasses.asdict(effect), "growth": effect.growth} for effect in effects(run.telemetry)
-            ],
+            "tensors": [_tensor(effect) for effect in effects(run.telemetry)],
         }
     )
+
+
+def _tensor(effect: TensorEffect) -> dict[str, Any]:
+    window = effect.window
+    return {
+        **dataclasses.asdict(effect),
+        "window": None if window is None else window[-_WINDOW:],
+        "window_length": None if window is None else len(window),
+        "growth": effect.growth,
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -56,6 +56,19 @@ def test_effect_says_what_happened_to_each_tensor(tmp_path: Path) -> None:
     assert gradient.saturated == 0
 
 
+def test_json_has_the_newest_entries_of_a_long_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_fp8_recipes.report import document as json_document
+
+    make(tmp_path)
+    whole = json_document.document(tmp_path)["tensors"][0]
+    assert (len(whole["window"]), whole["window_length"]) == (2, 2)
+    monkeypatch.setattr(json_document, "_WINDOW", 1)
+    cut = json_document.document(tmp_path)["tensors"][0]
+    assert (cut["window"], cut["window_length"]) == ([whole["window"][-1]], 2)
+
+
 def test_the_table_has_a_row_for_every_tensor_of_every_layer(tmp_path: Path) -> None:
     output = shown(make(tmp_path))
     assert "Effect of delayed (3 logged steps, 1 → 20)" in output

@@ -15,8 +15,8 @@ __all__ = ["SCHEMA_VERSION", "document"]
 SCHEMA_VERSION = 1
 
 _WINDOW = 32
-"""Entries of an amax history window that are given. Windows have up to thousands, of every tensor; the store has
-all of them (`telemetry.store.read(run_dir, stat="amax_history")`).
+"""Entries of an amax history window that are given. Windows have up to thousands, of every tensor; the store
+has all of them (`telemetry.store.read(run_dir, stat="amax_history")`).
 """
 
 

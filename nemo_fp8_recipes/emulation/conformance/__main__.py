@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
     parser.add_argument("--keep", type=Path, help="keep outcomes here, and use those of the same run")
+    parser.add_argument("--kept-only", action="store_true", help="run nothing, tell what --keep has")
     options = parser.parse_args(arguments)
+    if options.kept_only and options.keep is None:
+        parser.error("--kept-only needs --keep.")
     if not (options.tests / "test_recipe.py").is_file():
         print(f"error: {options.tests} is not tests/pytorch of Transformer Engine.", file=sys.stderr)
         return 2
@@ -48,16 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: none of the files is in this source tree, nothing was run.", file=sys.stderr)
         return 2
     results = []
+    absent = list(missing)
     for part in parts:
         if part.file not in missing:
-            results.append(_result(options.tests, part, options.file_minutes * 60, options.keep))
-            done = results[-1]
+            seconds = None if options.kept_only else options.file_minutes * 60
+            done = _result(options.tests, part, seconds, options.keep)
+            if done is None:
+                absent.append(part.file)
+                continue
+            results.append(done)
             print(
                 f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
                 f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
                 file=sys.stderr,
             )
     notes = _notes(results, options.tests)
+    if absent:
+        notes += ["", f"Not run: {', '.join(f'`{file}`' for file in absent)}."]
     table = markdown(results, title="Transformer Engine's own tests, emulated", notes=notes)
     if options.output is None:
         print(table)
@@ -76,16 +86,18 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
     return [dataclasses.replace(part, sample=sample) for part in parts]
 
 
-def _result(tests: Path, part: Part, seconds: float, keep: Path | None) -> PartResult:
-    """Run a part, or read what an earlier run of the very same kept of it."""
+def _result(tests: Path, part: Part, seconds: float | None, keep: Path | None) -> PartResult | None:
+    """Run a part, or read what an earlier run of the very same kept of it; `seconds` None: run nothing."""
     if keep is None:
-        return read(part, _run(tests, part, seconds))
+        return None if seconds is None else read(part, _run(tests, part, seconds))
     made_of = _made_of(tests, part)
     kept = keep / f"{part.file.replace('/', '-')}.{part.device}.json"
     if kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
         if isinstance(before, dict) and before["made_of"] == made_of:
             return read(part, before["outcomes"])
+    if seconds is None:
+        return None
     entries = _run(tests, part, seconds)
     if not any(str(entry.get("message", "")).startswith(STOPPED) for entry in entries):
         keep.mkdir(parents=True, exist_ok=True)

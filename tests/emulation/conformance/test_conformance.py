@@ -131,6 +131,11 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     ]
     assert main(call) == main(call) == 0
     assert len(ran) == 1
+    assert main([*call, "--kept-only", "--sample", "1"]) == 0  # nothing is kept of that
+    assert "Not run: `test_recipe.py`." in (tmp_path / "t.md").read_text()
+    assert main([*call, "--kept-only"]) == 0
+    assert "| 1 | 1 | 0 |" in (tmp_path / "t.md").read_text()
+    assert len(ran) == 1
     main([*call, "--sample", "1"])
     main([*call, "--sample", "1"])
     assert [part.sample for part in ran] == [0, 1]

@@ -3,12 +3,10 @@
 Follows `gemm` and `te_general_grouped_gemm` in `pytorch/csrc/extensions/gemm.cpp` and `cublas_gemm` in
 `common/gemm/cublaslt_gemm.cu` of Transformer Engine. In row-major terms D[n, m] = op(B)[n, k] @ op(A)[k, m].
 
-Operands are decoded to fp32 and multiplied in fp32; bias and accumulation are added to the fp32 result, which
-is rounded once to the output dtype. Two exceptions, both as TE's own tests have them:
-- GELU is applied to its input as that is saved, rounded: the same bits as from a GEMM and a GELU by
-  themselves (`test_identity_quantizer.py`).
-- Hopper's block-scaled GEMM rounds twice when it accumulates: the product (and bias) to the output dtype,
-  then the sum (`references/blockwise_fp8_gemm_reference.py`).
+Operands are decoded to fp32 and multiplied in fp32; bias, GELU and accumulation are added to the fp32 result,
+which is rounded once to the output dtype. Hopper's block-scaled GEMM rounds twice when it accumulates: the
+product (and bias) to the output dtype, then the sum (`references/blockwise_fp8_gemm_reference.py` of TE's
+tests).
 What is not followed: the order of summation, the reduced-precision accumulators that
 `use_split_accumulator=False` allows on Hopper, and TF32, which cuBLAS uses where every operand is fp32.
 """
@@ -144,7 +142,7 @@ def generic_gemm(
             result.add_(D.detach().to(torch.float32), alpha=1.0 if beta is None else beta)
         if gelu and not grad:
             pre_gelu = result.to(pre_gelu_dtype)
-            result = gelu_forward(pre_gelu.to(torch.float32))
+            result = gelu_forward(result)
         elif gelu:
             if gelu_in is None:
                 nvte_error(SOURCE, "The gradient of GELU needs gelu_in.")

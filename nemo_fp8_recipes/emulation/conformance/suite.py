@@ -113,7 +113,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         r"test_identity_recipe_matches_bf16_bitwise",
         r"not equal",
-        "TE compiles bias and GELU into one kernel; here they run one after the other and round to bf16 between",
+        "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
     ),
     (r"", r"'cpu' == 'cuda'", "`Tensor.device` tells the truth on the emulated device: it is a CPU's"),
     (

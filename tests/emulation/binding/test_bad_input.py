@@ -7,6 +7,7 @@ import torch
 
 from nemo_fp8_recipes import emulation
 from tests.emulation.binding.test_quantize import blockwise, delayed, mxfp8, tensorwise
+from tests.support.te_release import RELEASE
 
 RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise", "nvfp4")
 
@@ -85,7 +86,7 @@ def test_a_tensor_made_on_the_host_counts_as_one_on_the_device(te):
     module = te.Linear(64, 64, params_dtype=torch.bfloat16, device="cuda")
     x = torch.randn(32, 64, dtype=torch.bfloat16)
     assert torch.equal(module(x.cpu()), module(x.to("cuda")))
-    with pytest.raises(RuntimeError, match="needs CUDA"):
+    with pytest.raises((RuntimeError, AssertionError), match="needs CUDA"):  # 2.11 asserts
         module(x.to("meta"))
 
 
@@ -110,7 +111,7 @@ def test_shapes_that_a_recipe_cannot_quantise(te, tex, blackwell, recipe):
         for make in (
             lambda shape=shape: tex.quantize(torch.ones(shape), quantizer(te, recipe)),
             lambda shape=shape: quantizer(te, recipe).make_empty(shape),
-        ):
+        )[: 1 if RELEASE in ("2.11", "2.14") else 2]:  # there TE's Python makes empty tensors itself
             with pytest.raises(RuntimeError) as refusal:
                 make()
             assert str(refusal.value).endswith(says)

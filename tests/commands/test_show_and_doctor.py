@@ -155,12 +155,15 @@ def test_doctor_json(capsys):
 
 
 def test_doctor_of_an_option_that_is_not_emulated(capsys):
-    option = "fp8_recipe.nvfp4_4over6=weights"
-    status, out = run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=emulated")
+    option = "fp8_recipe.fp8_dpa=true"
+    status, out = run(capsys, "doctor", "fp8_recipe=delayed", option, "device=emulated")
     assert status == 2
     assert "not emulated" in " ".join(out.out.split())
-    assert run(capsys, "doctor", "fp8_recipe=nvfp4", option, "device=native", "hardware=b200")[0] == 0
-    assert run(capsys, "doctor", "fp8_recipe=nvfp4", "device=emulated")[0] == 0
+    _, elsewhere = run(capsys, "doctor", "fp8_recipe=delayed", option, "device=native", "hardware=b200")
+    assert "not emulated" not in " ".join(elsewhere.out.split())
+    assert run(capsys, "doctor", "fp8_recipe=delayed", "device=emulated")[0] == 0
+    four_over_six = "fp8_recipe.nvfp4_4over6=weights"
+    assert run(capsys, "doctor", "fp8_recipe=nvfp4", four_over_six, "device=emulated")[0] == 0
 
 
 def test_doctor_counts_modules_with_another_recipe(capsys):

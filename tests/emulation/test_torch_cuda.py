@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,17 @@ def test_an_nvfp4_tensor_can_be_dequantized_by_an_operation(emulated: object) ->
     quantized = NVFP4Quantizer()(x)
     assert quantized.to(torch.float64).dtype == torch.float64
     assert torch.equal(quantized.clone().dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("recipe", ["DelayedScaling", "Float8CurrentScaling"])
+def test_what_writes_checkpoints_finds_quantised_weights_on_the_host(recipe: str) -> None:
+    """TE's tensors ask their data, and Megatron's writer asks the tensor (`assert tensor.is_cpu`)."""
+    import transformer_engine.common.recipe as recipes
+    import transformer_engine.pytorch as te
+
+    with te.fp8_model_init(enabled=True, recipe=getattr(recipes, recipe)()):
+        weight = te.Linear(32, 32).weight
+    writer = types.ModuleType("megatron.core.dist_checkpointing.strategies.writer")
+    exec("def asks(tensor):\n    return tensor.is_cpu", vars(writer))  # a function of that module
+    assert writer.asks(weight)
+    assert not weight.is_cpu

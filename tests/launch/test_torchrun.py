@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_the_others_in_bounded_time(job: Path, launch: Launch
 
 
 def test_a_hung_job_leaves_the_stacks_of_all_ranks_and_fails(job: Path, launch: Launch) -> None:
-    done = launch(*TWO, "run_dir=run", "launcher.hang_timeout_minutes=0.15", "--", "job.py", "hangs")
+    done = launch(*TWO, "run_dir=run", "launcher.hang_timeout_minutes=0.25", "--", "job.py", "hangs")
     assert done.returncode == 124
     for rank in (0, 1):
         stacks = (job.parent / f"run/.launch/stacks/rank_{rank}.txt").read_text()

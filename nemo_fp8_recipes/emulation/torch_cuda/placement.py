@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -191,6 +192,15 @@ def _answer_for_the_device(ledger: PatchLedger) -> None:
 
 
 def _asked_by(*packages: str) -> bool:
-    """Whether the code that called our caller belongs to one of these packages."""
-    module = sys._getframe(2).f_globals.get("__name__", "") + "."
+    """Whether the code that called our caller belongs to one of these packages. A quantised tensor passes the
+    question on to its data: what counts is who asked the quantised tensor.
+    """
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "is_cpu" and _in(frame, ("transformer_engine",)) and frame.f_back:
+        frame = frame.f_back
+    return _in(frame, packages)
+
+
+def _in(frame: FrameType, packages: tuple[str, ...]) -> bool:
+    module = frame.f_globals.get("__name__", "") + "."
     return module.startswith(tuple(f"{package}." for package in packages))

@@ -12,7 +12,7 @@ import pytest
 from nemo_fp8_recipes.recipes import Recipe
 from nemo_fp8_recipes.targets.transformer_engine import newer_options
 
-__all__ = ["RELEASE", "nvfp4_reference", "reference", "since", "skip_unknown"]
+__all__ = ["RELEASE", "SAVED_INPUT_REFUSAL", "nvfp4_reference", "reference", "since", "skip_unknown"]
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -21,6 +21,9 @@ def _number(version: str) -> tuple[int, ...]:
 
 RELEASE = ".".join(importlib.metadata.version("transformer-engine").split(".")[:2])
 """Major and minor version, "2.20"."""
+
+SAVED_INPUT_REFUSAL: type[Exception] = AssertionError if _number(RELEASE) < (2, 20) else ValueError
+"""How `te.Linear` refuses delayed scaling with `save_original_input`."""
 
 _RECIPES = "transformer_engine.pytorch.custom_recipes"
 _REFERENCES = {

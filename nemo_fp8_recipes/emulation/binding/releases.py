@@ -2,9 +2,9 @@
 
 Read from the tags v2.11, v2.14.1, v2.17.1 of Transformer Engine and its main branch at 2.20:
 `pytorch/csrc/quantizer.cpp`, `pytorch/csrc/extensions/*.cpp`, `common/cast/nvfp4/core_nvfp4.cuh`,
-`common/transpose/quantize_transpose_vector_blockwise*.cu` and the Python classes that the C++ makes. Which
-functions and enum members exist since which release is in `surface.py` and `enums.py`; everything else that
-a release does otherwise is a field here, and the binding asks for it by name.
+`common/transpose/quantize_transpose_vector_blockwise*.cu` and the Python classes that the C++ makes. Since
+which release functions and enum members exist is in `introduced.py` and `enums.py`; everything else that a
+release does otherwise is a field here, and the binding asks for it by name.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 `numerics/` is the readable reference, in torch operations; these kernels give the same bits in one pass over
 the input. They are a small C++ source (`source/`), compiled on first use with the machine's own compiler into
-a cache (`build.py`) and called through ctypes (`compiled.py`): nothing is compiled at installation, and no
-wheel depends on a platform. Without a compiler everything still runs, through `numerics/`, and one warning
-says that it is slower.
+a cache (`build.py`) and called through ctypes: nothing is compiled at installation, and no wheel depends on a
+platform. Without a compiler everything still runs, through `numerics/`, and one warning says that it is
+slower.
 
     build.py     compiler, cache, the shared library
-    compiled.py  the functions in it, on torch tensors
+    native.py    a loaded library, its threads, tensors as C sees them
+    per_tensor.py, mxfp8.py, blockwise.py, nvfp4.py
+                 the functions of a format, on torch tensors
+    compiled.py  all of them together; the library of this process
     source/      the C++
 
 `NEMO_FP8_KERNELS=eager` switches them off.
@@ -16,6 +19,7 @@ says that it is slower.
 from __future__ import annotations
 
 from nemo_fp8_recipes.emulation.kernels.build import SlowKernelsWarning
-from nemo_fp8_recipes.emulation.kernels.compiled import Library, Quantized, for_codes, for_tensor, library
+from nemo_fp8_recipes.emulation.kernels.compiled import Library, for_codes, for_tensor, library
+from nemo_fp8_recipes.emulation.kernels.native import Quantized
 
 __all__ = ["Library", "Quantized", "SlowKernelsWarning", "for_codes", "for_tensor", "library"]

@@ -83,7 +83,7 @@ def install(name: str = "h100") -> EmulatedDevice:
             hint="Call nemo_fp8_recipes.emulation.install() first, or start the program with "
             "python -m nemo_fp8_recipes.emulation.",
         )
-    from nemo_fp8_recipes.emulation import bridge, distributed, megatron, nemo, torch_cuda
+    from nemo_fp8_recipes.emulation import bridge, distributed, megatron, nemo, telemetry, torch_cuda
     from nemo_fp8_recipes.emulation.te_import import import_transformer_engine
 
     megatron.require_not_imported()
@@ -101,6 +101,7 @@ def install(name: str = "h100") -> EmulatedDevice:
         megatron.apply(_ledger)
         bridge.apply(_ledger)
         nemo.apply(_ledger)
+        telemetry.apply(_ledger)
         import_transformer_engine(_ledger, wanted)
     except BaseException:
         _ledger.undo()

@@ -261,3 +261,25 @@ def test_the_device_can_be_changed_by_installing_it_anew() -> None:
                 assert [gemm.quantized for gemm in seen.gemms] == [True]
         """
     )
+
+
+def test_telemetry_has_compiled_kernels_as_long_as_the_device_is_there() -> None:
+    """Nothing is compiled, and torch's operations are left to a process with another device."""
+    run_python(
+        """
+        from nemo_fp8_recipes import emulation
+        from nemo_fp8_recipes.telemetry import host_kernels
+
+        def filled():
+            return {name for name in host_kernels.__all__ if getattr(host_kernels, name) is not None}
+
+        assert filled() == set()
+        with emulation.emulated("h100"):
+            assert filled() == set(host_kernels.__all__)
+            reached = [patch.target for patch in emulation.patches() if "host_kernels" in patch.target]
+            assert len(reached) == len(host_kernels.__all__)
+            from nemo_fp8_recipes.emulation.kernels import compiled
+            assert not compiled._looked
+        assert filled() == set()
+        """
+    )

@@ -1,0 +1,23 @@
+"""Kernels that do on host tensors in one pass what telemetry's torch operations do in many.
+
+On a GPU there are none: there torch's operations are kernels, and nothing here is set. The emulated device
+puts its compiled ones here while it is installed (`emulation/telemetry.py`), and takes them away with itself;
+this package never imports it. Every name in `__all__` is a function or None:
+
+    kernel = host_kernels.name
+    found = kernel(...) if kernel is not None else None
+    if found is None:
+        ...  # the torch operations, which say what is computed
+
+A kernel gives None for what it does not do: there is no compiler here, the tensors are not on the host, a
+dtype that it does not read. It gives the same numbers as the torch operations, sums but for the order of
+summation.
+
+To add one: its name here and in `__all__`, with its type and the function that is its reference; the function
+itself in `emulation/kernels/`, a class on top of `native.Native`; its line in `emulation/telemetry.py`; and a
+test that compares it with its reference.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []

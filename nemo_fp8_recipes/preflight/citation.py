@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Citation", "core", "engine", "engine_cpp", "megatron_lm"]
+__all__ = ["Citation", "core", "engine", "engine_cpp", "in_one_line", "megatron_lm"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,24 @@ class Citation:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} ({self.package} {self.version})"
+
+
+def in_one_line(sources: Sequence[str | Citation]) -> str:
+    """All of them in their order, lines of one file together: `path:3, 7 (package 1.0); a paper`."""
+    lines: dict[str | tuple[str, str, str], list[int]] = {}
+    for source in sources:
+        if isinstance(source, Citation):
+            lines.setdefault((source.path, source.package, source.version), []).append(source.line)
+        else:
+            lines.setdefault(source, [])
+    parts = []
+    for place, numbers in lines.items():
+        if isinstance(place, str):
+            parts.append(place)
+        else:
+            path, package, version = place
+            parts.append(f"{path}:{', '.join(map(str, sorted(numbers)))} ({package} {version})")
+    return "; ".join(parts)
 
 
 def engine(path: str, line: int, words: str) -> Citation:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nemo_fp8_recipes.preflight.citation import Citation
+from nemo_fp8_recipes.preflight.citation import Citation, in_one_line
 from nemo_fp8_recipes.preflight.finding import Finding, Severity
 from nemo_fp8_recipes.preflight.inputs import PreflightInput
 
@@ -53,7 +53,7 @@ class Rule:
     @property
     def source(self) -> str:
         """All sources in one line."""
-        return "; ".join(str(source) for source in self.sources)
+        return in_one_line(self.sources)
 
     @property
     def cites(self) -> tuple[Citation, ...]:

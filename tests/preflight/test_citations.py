@@ -8,6 +8,7 @@ import pytest
 
 from nemo_fp8_recipes import preflight
 from nemo_fp8_recipes.preflight import shapes
+from nemo_fp8_recipes.preflight.citation import core, engine, in_one_line
 
 SOURCES = "NEMO_FP8_PEER_SOURCES"  # directories that hold checkouts too, each named <repository>@<tag>
 CITED = {str(citation): citation for rule in preflight.all_rules().values() for citation in rule.cites} | {
@@ -43,3 +44,16 @@ def test_every_rule_says_where_it_comes_from():
     assert all(rule.sources and all(map(str, rule.sources)) for rule in preflight.all_rules().values())
     python_packages = [c for c in CITED.values() if c.package in ("megatron-core", "transformer-engine")]
     assert len(python_packages) > 40
+
+
+def test_lines_of_one_file_are_named_together():
+    sources = (
+        engine("pytorch/a.py", 9, "x"),
+        "a paper",
+        core("b.py", 4, "y"),
+        engine("pytorch/a.py", 3, "z"),
+    )
+    assert in_one_line(sources) == (
+        "transformer_engine/pytorch/a.py:3, 9 (transformer-engine 2.20.2); a paper; "
+        "megatron/core/b.py:4 (megatron-core 0.16.1)"
+    )

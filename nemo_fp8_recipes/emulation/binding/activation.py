@@ -8,16 +8,31 @@ dimension: act(first half) * second half.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import require_high_precision
 from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
 
-__all__ = ["GENERATED", "clamped_dswiglu", "clamped_swiglu", "gelu_backward", "gelu_forward"]
+__all__ = [
+    "GENERATED",
+    "clamped_dswiglu",
+    "clamped_halves",
+    "clamped_swiglu",
+    "dsituglu",
+    "gelu_backward",
+    "gelu_forward",
+    "silu_halves",
+    "situ_halves",
+    "situglu",
+    "squared_relu",
+]
 
 Unary = Callable[[Tensor], Tensor]
 
@@ -132,6 +147,76 @@ def _dbias_backward(name: str, derivative: Unary) -> Callable[..., Any]:
     return activation_grad_and_bias_grad
 
 
+@dataclass(frozen=True)
+class Halves:
+    """A gated activation and its derivatives at one input; fp32, all of the shape of a half.
+
+    Attributes:
+        act: activation of the first half.
+        gate: what it is multiplied with, from the second half.
+        d_act, d_gate: the derivatives of these two.
+    """
+
+    act: Tensor
+    gate: Tensor
+    d_act: Tensor
+    d_gate: Tensor | float
+
+
+def silu_halves(first: Tensor, second: Tensor) -> Halves:
+    """SwiGLU."""
+    function, derivative = _FUNCTIONS["silu"]
+    return Halves(function(first), second, derivative(first), 1.0)
+
+
+def clamped_halves(
+    first: Tensor, second: Tensor, limit: float, alpha: float, glu_linear_offset: float
+) -> Halves:
+    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted; no gradient where a half was clamped."""
+    function, derivative = _scaled_silu(alpha)
+    clamped = first.clamp_max(limit)
+    return Halves(
+        function(clamped),
+        second.clamp(-limit, limit) + glu_linear_offset,
+        torch.where(first <= limit, derivative(clamped), 0.0),
+        (second.abs() <= limit).to(torch.float32),
+    )
+
+
+def situ_halves(first: Tensor, second: Tensor, beta1: float, beta2: float) -> Halves:
+    """SiTU-GLU: both halves saturate smoothly, beta1 tanh(x / beta1) sigmoid(x) and beta2 tanh(x / beta2).
+
+    Raises:
+        RuntimeError: a beta that is not finite and positive.
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        nvte_check(
+            beta > 0.0 and math.isfinite(beta),
+            "common/activation/swiglu.cu",
+            f"{name} must be finite and positive.",
+        )
+    tanh, sigmoid = torch.tanh(first / beta1), torch.sigmoid(first)
+    tanh_of_gate = torch.tanh(second / beta2)
+    return Halves(
+        beta1 * tanh * sigmoid,
+        beta2 * tanh_of_gate,
+        (1.0 - tanh * tanh) * sigmoid + beta1 * tanh * sigmoid * (1.0 - sigmoid),
+        1.0 - tanh_of_gate * tanh_of_gate,
+    )
+
+
+def squared_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared ReLU and its derivative; fp32."""
+    function, derivative = _FUNCTIONS["srelu"]
+    return function(x), derivative(x)
+
+
+def _gated_gradient(grad: Tensor, halves: Halves) -> Tensor:
+    upstream = _fp32(grad).view(halves.act.shape)
+    d_first = halves.d_act * upstream * halves.gate
+    return torch.cat((d_first, halves.d_gate * upstream * halves.act), dim=-1)
+
+
 def clamped_swiglu(
     input: Tensor,
     quantizer: Any,
@@ -139,11 +224,8 @@ def clamped_swiglu(
     alpha: float = 1.702,
     glu_linear_offset: float = 1.0,
 ) -> Any:
-    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted."""
-    gate, value = _fp32(input).chunk(2, dim=-1)
-    function, _ = _scaled_silu(alpha)
-    result = function(gate.clamp_max(limit)) * (value.clamp(-limit, limit) + glu_linear_offset)
-    return _emit(result, input.dtype, quantizer, "clamped_swiglu")
+    halves = clamped_halves(*_fp32(input).chunk(2, dim=-1), limit, alpha, glu_linear_offset)
+    return _emit(halves.act * halves.gate, input.dtype, quantizer, "clamped_swiglu")
 
 
 def clamped_dswiglu(
@@ -154,15 +236,20 @@ def clamped_dswiglu(
     alpha: float = 1.702,
     glu_linear_offset: float = 1.0,
 ) -> Any:
-    """Gradient of `clamped_swiglu`; zero where a half was clamped."""
-    gate, value = _fp32(fwd_input).chunk(2, dim=-1)
-    upstream = _fp32(grad).view(gate.shape)
-    function, derivative = _scaled_silu(alpha)
-    clamped = gate.clamp_max(limit)
-    shifted = value.clamp(-limit, limit) + glu_linear_offset
-    d_gate = torch.where(gate <= limit, derivative(clamped), 0.0) * upstream * shifted
-    d_value = torch.where(value.abs() <= limit, function(clamped), 0.0) * upstream
-    return _emit(torch.cat((d_gate, d_value), dim=-1), grad.dtype, quantizer, "clamped_dswiglu")
+    halves = clamped_halves(*_fp32(fwd_input).chunk(2, dim=-1), limit, alpha, glu_linear_offset)
+    return _emit(_gated_gradient(grad, halves), grad.dtype, quantizer, "clamped_dswiglu")
+
+
+def situglu(input: Tensor, quantizer: Any, beta1: float = 4.0, beta2: float = 25.0) -> Any:
+    halves = situ_halves(*_fp32(input).chunk(2, dim=-1), beta1, beta2)
+    return _emit(halves.act * halves.gate, input.dtype, quantizer, "situglu")
+
+
+def dsituglu(
+    grad: Tensor, fwd_input: Tensor, quantizer: Any, beta1: float = 4.0, beta2: float = 25.0
+) -> Any:
+    halves = situ_halves(*_fp32(fwd_input).chunk(2, dim=-1), beta1, beta2)
+    return _emit(_gated_gradient(grad, halves), fwd_input.dtype, quantizer, "dsituglu")
 
 
 def _binding_functions() -> dict[str, Callable[..., Any]]:

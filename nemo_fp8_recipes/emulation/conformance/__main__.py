@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the table here (default: print it)")
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
-    parser.add_argument("--keep", type=Path, help="keep outcomes here, and use those of the same run")
+    parser.add_argument(
+        "--keep", type=Path, help="keep outcomes here; use those of the same run, and go on where it was stopped"
+    )
     parser.add_argument("--kept-only", action="store_true", help="run nothing, tell what --keep has")
     options = parser.parse_args(arguments)
     if options.kept_only and options.keep is None:
@@ -89,20 +91,25 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
 def _result(tests: Path, part: Part, seconds: float | None, keep: Path | None) -> PartResult | None:
     """Run a part, or read what an earlier run of the very same kept of it; `seconds` None: run nothing."""
     if keep is None:
-        return None if seconds is None else read(part, _run(tests, part, seconds))
+        return None if seconds is None else read(part, _run(tests, part, seconds, []))
     made_of = _made_of(tests, part)
     kept = keep / f"{part.file.replace('/', '-')}.{part.device}.json"
+    before: list[dict[str, Any]] = []
     if kept.exists():
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        if isinstance(before, dict) and before["made_of"] == made_of:
-            return read(part, before["outcomes"])
-    if seconds is None:
-        return None
-    entries = _run(tests, part, seconds)
-    if not any(str(entry.get("message", "")).startswith(STOPPED) for entry in entries):
-        keep.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"made_of": made_of, "outcomes": entries}, indent=1), encoding="utf-8")
+        stored = json.loads(kept.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and stored["made_of"] == made_of:
+            before = stored["outcomes"]
+    whole = bool(before) and not _stopped(before)
+    if whole or seconds is None:
+        return read(part, before) if before else None
+    entries = _run(tests, part, seconds, [entry for entry in before if not _stopped([entry])])
+    keep.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"made_of": made_of, "outcomes": entries}, indent=1), encoding="utf-8")
     return read(part, entries)
+
+
+def _stopped(entries: Iterable[Mapping[str, Any]]) -> bool:
+    return any(str(entry.get("message", "")).startswith(STOPPED) for entry in entries)
 
 
 # Of the runner itself only the plugin has a say in the outcomes; the part is noted beside the digest.
@@ -128,9 +135,13 @@ def _made_of(tests: Path, part: Part) -> dict[str, Any]:
     }
 
 
-def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
+def _run(
+    tests: Path, part: Part, seconds: float, before: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Run the tests of a part that `before` tells nothing of; what it tells comes first in the answer."""
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = Path(scratch) / "outcomes.jsonl"
+        outcomes.write_text("".join(f"{json.dumps(entry)}\n" for entry in before), encoding="utf-8")
         command = [
             sys.executable,
             "-m",
@@ -170,10 +181,9 @@ def _run(tests: Path, part: Part, seconds: float) -> list[dict[str, Any]]:
                 ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"{STOPPED} {seconds / 60:.1f} minutes"
-        entries = []
-        if outcomes.exists():
-            entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
-        if status not in (0, 1) and not ended:  # pytest's own: all passed, some failed
+        entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
+        fine = (0, 1, 5) if before else (0, 1)  # pytest's own: all passed, some failed, none was left
+        if status not in fine and not ended:
             ran = sum("id" in entry for entry in entries)
             ended = f"pytest ended with status {status} after {ran} tests: "
             ended += log.read_text(encoding="utf-8", errors="replace")[-300:]

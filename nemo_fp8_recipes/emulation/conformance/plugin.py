@@ -23,7 +23,7 @@ __all__ = ["spread"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("emulated device")
     group.addoption("--emulated-device", default="b200", help="GPU to pose as")
-    group.addoption("--outcomes", help="file to append one JSON object a test to")
+    group.addoption("--outcomes", help="append one JSON object a test here; run no test that is in it")
     group.addoption("--sample", type=int, default=0, help="run at most this many tests; 0: all")
     group.addoption("--test-seconds", type=int, default=120, help="a test that takes longer fails")
 
@@ -59,8 +59,9 @@ def spread(items: Sequence[Any], wanted: int) -> list[Any]:
 @pytest.hookimpl(trylast=True)  # of what -k leaves
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = spread(items, config.getoption("--sample"))
+    done = _noted(config)
     _note(config, {"collected": len(items), "run": len(kept)})
-    items[:] = kept
+    items[:] = [item for item in kept if item.nodeid not in done]
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -117,6 +118,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 _failed_collections: list[str] = []
+
+
+def _noted(config: pytest.Config) -> set[str]:
+    """The tests that an earlier run, which was stopped, has told of."""
+    path = config.getoption("--outcomes")
+    if not path or not Path(path).exists():
+        return set()
+    entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return {entry["id"] for entry in entries if "id" in entry}
 
 
 def _note(config: pytest.Config, entry: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     (tests / "test_recipe.py").write_text("def test_one():\n    pass\n\n\ndef test_two():\n    pass\n")
     ran: list[Part] = []
 
-    def run(tests: Path, part: Part, seconds: float) -> list[dict[str, object]]:
+    def run(
+        tests: Path, part: Part, seconds: float, before: Sequence[Mapping[str, object]]
+    ) -> list[dict[str, object]]:
         ran.append(part)
         return [{"id": "test_recipe.py::test_one", "outcome": "passed", "message": ""}, *extra]
 
@@ -148,8 +151,35 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     )
     extra.append({"id": "test_recipe.py", "outcome": "failed", "message": "stopped after 1 minutes"})
     main([*call, "--sample", "1"])
-    main([*call, "--sample", "1"])  # what ran out of time is not kept
+    main([*call, "--sample", "1"])  # what ran out of time is not whole
     assert len(ran) == 5
+
+
+def test_a_file_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    ran = tmp_path / "ran"
+    (tests / "test_recipe.py").write_text(
+        "import pathlib, pytest, time\n\n"
+        "@pytest.mark.parametrize('number', range(3))\n"
+        "def test_one(number):\n"
+        f"    ran = pathlib.Path({str(ran)!r})\n"
+        "    before = ran.read_text() if ran.exists() else ''\n"
+        "    ran.write_text(f'{before}{number}')\n"
+        "    if number == 1 and before == '0':\n"
+        "        time.sleep(600)\n"
+    )
+    table = tmp_path / "t.md"
+    call = [str(tests), "test_recipe.py", "--keep", str(tmp_path / "kept"), "--output", str(table)]
+    main([*call, "--file-minutes", "0.4"])
+    assert "| `test_recipe.py (b200)` | 3 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
+    assert "stopped after 0.4 minutes" in table.read_text()
+    main([*call, "--kept-only"])
+    assert "| `test_recipe.py (b200)` | 3 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
+    main(call)
+    assert "| `test_recipe.py (b200)` | 3 | 3 | 3 | 0 | 0 | 0 |" in table.read_text()
+    assert "stopped" not in table.read_text()
+    assert ran.read_text() == "0112"  # the one that had ended was not run again
 
 
 def test_a_pytest_that_dies_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

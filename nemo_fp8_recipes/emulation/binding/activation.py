@@ -103,6 +103,12 @@ def _fp32(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32)
 
 
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 halves of the last dimension."""
+    first, second = _fp32(x).chunk(2, dim=-1)
+    return first, second
+
+
 def _forward(name: str, function: Unary) -> Callable[..., Any]:
     def activation(input: Tensor, quantizer: Any) -> Any:
         return _emit(function(_fp32(input)), input.dtype, quantizer, name)
@@ -172,7 +178,7 @@ def silu_halves(first: Tensor, second: Tensor) -> Halves:
 def clamped_halves(
     first: Tensor, second: Tensor, limit: float, alpha: float, glu_linear_offset: float
 ) -> Halves:
-    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted; no gradient where a half was clamped."""
+    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted; no gradient where one was clamped."""
     function, derivative = _scaled_silu(alpha)
     clamped = first.clamp_max(limit)
     return Halves(
@@ -224,7 +230,7 @@ def clamped_swiglu(
     alpha: float = 1.702,
     glu_linear_offset: float = 1.0,
 ) -> Any:
-    halves = clamped_halves(*_fp32(input).chunk(2, dim=-1), limit, alpha, glu_linear_offset)
+    halves = clamped_halves(*_split(input), limit, alpha, glu_linear_offset)
     return _emit(halves.act * halves.gate, input.dtype, quantizer, "clamped_swiglu")
 
 
@@ -236,19 +242,17 @@ def clamped_dswiglu(
     alpha: float = 1.702,
     glu_linear_offset: float = 1.0,
 ) -> Any:
-    halves = clamped_halves(*_fp32(fwd_input).chunk(2, dim=-1), limit, alpha, glu_linear_offset)
+    halves = clamped_halves(*_split(fwd_input), limit, alpha, glu_linear_offset)
     return _emit(_gated_gradient(grad, halves), grad.dtype, quantizer, "clamped_dswiglu")
 
 
 def situglu(input: Tensor, quantizer: Any, beta1: float = 4.0, beta2: float = 25.0) -> Any:
-    halves = situ_halves(*_fp32(input).chunk(2, dim=-1), beta1, beta2)
+    halves = situ_halves(*_split(input), beta1, beta2)
     return _emit(halves.act * halves.gate, input.dtype, quantizer, "situglu")
 
 
-def dsituglu(
-    grad: Tensor, fwd_input: Tensor, quantizer: Any, beta1: float = 4.0, beta2: float = 25.0
-) -> Any:
-    halves = situ_halves(*_fp32(fwd_input).chunk(2, dim=-1), beta1, beta2)
+def dsituglu(grad: Tensor, fwd_input: Tensor, quantizer: Any, beta1: float = 4.0, beta2: float = 25.0) -> Any:
+    halves = situ_halves(*_split(fwd_input), beta1, beta2)
     return _emit(_gated_gradient(grad, halves), fwd_input.dtype, quantizer, "dsituglu")
 
 

@@ -78,14 +78,14 @@ def _check(x: Tensor, out: Tensor, name: str, out_name: str, probability: float)
     nvte_check(
         x.numel() == out.numel(),
         SOURCE,
-        f"{name} tensor (shape={tuple(x.shape)}) and {out_name} tensor (shape={tuple(out.shape)}) do not match.",
+        f"{name} tensor (shape={tuple(x.shape)}) and {out_name} tensor (shape={tuple(out.shape)}) "
+        "do not match.",
     )
     nvte_check(0 <= probability < 1, SOURCE, f"Invalid dropout probability ({probability}).")
 
 
 def _apply(x: Tensor, keep: Tensor, out: Tensor, probability: float) -> None:
     """0 or x / (1 - p), one rounding; what is dropped is 0 even where it was NaN."""
-    probability = torch.tensor(probability, dtype=torch.float32)
-    factor = 1.0 / (1.0 - probability)
+    factor = 1.0 / (1.0 - torch.tensor(probability, dtype=torch.float32))
     kept = torch.where(keep, x.to(torch.float32).reshape(-1), 0.0)
     out.detach().copy_((kept * factor).view(out.shape))

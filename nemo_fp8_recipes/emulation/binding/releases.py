@@ -47,6 +47,9 @@ class Release:
         nvfp4_square_columns_alone: 16x16 blocks can be had columnwise without the rowwise data.
         nvfp4_row_scaled_columns: row-scaled NVFP4 can be had columnwise.
         nvfp4_swizzle: which kernels write NVFP4 scales in the GEMM's order.
+        permute_sorts_unsigned: `moe_permute_fwd` takes a negative expert for a large one, and drops it.
+        router_in_fp32: the router's kernels compute and store in fp32, and not in the dtype of the logits.
+        router_radix: they select 16 and more experts by radix, which breaks ties by index.
         swizzles_after_quantizing: `quantize` brings scales into the GEMM's order where the quantizer has
             `optimize_for_gemm` and its kernel did not.
     """
@@ -63,6 +66,9 @@ class Release:
     nvfp4_square_columns_alone: bool = True
     nvfp4_row_scaled_columns: bool = False
     nvfp4_swizzle: Nvfp4Swizzle = Nvfp4Swizzle.HADAMARD
+    permute_sorts_unsigned: bool = True
+    router_in_fp32: bool = True
+    router_radix: bool = True
     swizzles_after_quantizing: bool = True
 
     def option(self, quantizer: Any, name: str) -> Any:
@@ -119,6 +125,9 @@ RELEASES: dict[str, Release] = {
             nvfp4_divides=True,
             nvfp4_square_columns_alone=False,
             nvfp4_swizzle=Nvfp4Swizzle.NEVER,
+            permute_sorts_unsigned=False,
+            router_in_fp32=False,
+            router_radix=False,
             swizzles_after_quantizing=False,
         ),
         Release(
@@ -134,6 +143,8 @@ RELEASES: dict[str, Release] = {
             current_scaling_buffers=True,
             nvfp4_square_columns_alone=False,
             nvfp4_swizzle=Nvfp4Swizzle.NEVER,
+            permute_sorts_unsigned=False,
+            router_radix=False,
             swizzles_after_quantizing=False,
         ),
         Release(

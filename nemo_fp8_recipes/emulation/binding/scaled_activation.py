@@ -68,9 +68,7 @@ def _check_interleaving(hidden: int, turn: int, name: str) -> None:
 def _halves(x: Tensor, turn: int, name: str) -> tuple[Tensor, Tensor]:
     """The halves [rows, hidden] of [rows, 2 * hidden]."""
     rows, columns = x.shape
-    nvte_check(
-        columns % 2 == 0, SOURCE, "scaled activation input width is not compatible with activation"
-    )
+    nvte_check(columns % 2 == 0, SOURCE, "scaled activation input width is not compatible with activation")
     _check_interleaving(columns // 2, turn, name)
     if turn:
         x = x.view(rows, -1, 2, turn).transpose(1, 2).reshape(rows, columns)
@@ -240,7 +238,9 @@ def scaled_dsrelu(
     act, d_act = squared_relu(_rows(fwd_input))
     upstream = _rows(grad)
     nvte_check(
-        upstream.shape == act.shape, KERNELS, "nvte_scaled_dsrelu: unary backward dimensions are inconsistent."
+        upstream.shape == act.shape,
+        KERNELS,
+        "nvte_scaled_dsrelu: unary backward dimensions are inconsistent.",
     )
     result = upstream * _factors(act_scales, act.shape[0]) * d_act
     d_scales = _scale_gradient(upstream, act, act_scales) if compute_scale_grad else None

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="at most this many tests a file; 0: all")
     parser.add_argument("--file-minutes", type=float, default=30, help="stop a file after this long")
     parser.add_argument(
-        "--keep", type=Path, help="keep outcomes here; use those of the same run, and go on where it was stopped"
+        "--keep",
+        type=Path,
+        help="keep outcomes here; use those of the same run, and go on where it was stopped",
     )
     parser.add_argument("--kept-only", action="store_true", help="run nothing, tell what --keep has")
     options = parser.parse_args(arguments)

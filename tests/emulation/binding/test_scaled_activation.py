@@ -37,12 +37,16 @@ def split(x, turn):
 
 
 def name_of(activation, gradient):
-    return {
-        "swiglu": "dswiglu",
-        "situglu": "dsituglu",
-        "clamped_swiglu": "clamped_dswiglu",
-        "srelu": "dsrelu",
-    }[activation] if gradient else activation
+    return (
+        {
+            "swiglu": "dswiglu",
+            "situglu": "dsituglu",
+            "clamped_swiglu": "clamped_dswiglu",
+            "srelu": "dsrelu",
+        }[activation]
+        if gradient
+        else activation
+    )
 
 
 @since("2.20")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_fp8_recipes.telemetry.coded import Coded
 
 __all__ = ["apply"]
 
@@ -20,4 +25,11 @@ def apply(ledger: PatchLedger) -> None:
 
 def _functions() -> Mapping[str, Callable[..., Any]]:
     """Functions by their names in `host_kernels`."""
-    return {}
+    return {"measure": _measure}
+
+
+def _measure(source: Tensor, coded: Coded) -> Tensor | None:
+    from nemo_fp8_recipes.emulation.kernels import for_tensor
+
+    kernels = for_tensor(source)
+    return kernels.measure(source, coded) if kernels is not None else None

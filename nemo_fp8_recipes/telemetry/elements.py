@@ -6,13 +6,14 @@ together, whatever share each part had.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["MEASURED", "measure"]
+__all__ = ["MEASURED", "bulk_sample", "measure"]
 
 MEASURED: tuple[tuple[str, Literal["sum", "max"]], ...] = (
     ("elements", "sum"),
@@ -83,13 +84,23 @@ def measure(source: Tensor, values: Tensor, limit: Tensor) -> Tensor:
 def _bulk_limit(magnitude: Tensor) -> Tensor:
     """Magnitude that all but the largest 1 % of the elements do not exceed; fp32, one element.
 
-    Of more than `_SAMPLE` elements it is that of an even sample. Its stride has no factor in common with the
-    row length, so that it visits every column alike.
+    Of more than `_SAMPLE` elements it is that of an even sample.
     """
-    flat = magnitude.reshape(-1)
-    stride = max(1, flat.numel() // _SAMPLE)
-    while math.gcd(stride, magnitude.shape[-1]) > 1:
+    stride, top = bulk_sample(magnitude.numel(), magnitude.shape[-1])
+    return magnitude.reshape(-1)[::stride].topk(top, sorted=False).values.amin()
+
+
+@functools.lru_cache(maxsize=256)
+def bulk_sample(elements: int, columns: int) -> tuple[int, int]:
+    """Which elements of a matrix, counted row by row, decide what its bulk is.
+
+    Returns:
+        Every how manieth is looked at: a number that has no factor in common with the row length, so that
+        every column is visited alike. And which of those, counted from the largest magnitude, the bulk does
+        not exceed.
+    """
+    stride = max(1, elements // _SAMPLE)
+    while math.gcd(stride, columns) > 1:
         stride += 1
-    sample = flat[::stride]
-    top = sample.numel() - math.ceil(_BULK * sample.numel()) + 1
-    return sample.topk(top, sorted=False).values.amin()
+    sample = -(-elements // stride)
+    return stride, sample - math.ceil(_BULK * sample) + 1

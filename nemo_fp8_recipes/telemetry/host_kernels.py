@@ -20,4 +20,15 @@ test that compares it with its reference.
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_fp8_recipes.telemetry.coded import Coded
+
+__all__ = ["measure"]
+
+measure: Callable[[Tensor, Coded], Tensor | None] | None = None
+"""`elements.measure` of a tensor that is not empty and `probes.stored.values` of its codes."""

@@ -1,4 +1,4 @@
-"""Fused CPU kernels of the emulated device's quantisers.
+"""Fused CPU kernels of the emulated device's quantisers, and of what telemetry reads of them.
 
 `numerics/` is the readable reference, in torch operations; these kernels give the same bits in one pass over
 the input. They are a small C++ source (`source/`), compiled on first use with the machine's own compiler into
@@ -10,6 +10,7 @@ slower.
     native.py    a loaded library, its threads, tensors as C sees them
     per_tensor.py, mxfp8.py, blockwise.py, nvfp4.py
                  the functions of a format, on torch tensors
+    measure.py   what telemetry finds out about a quantised tensor
     compiled.py  all of them together; the library of this process
     source/      the C++
 

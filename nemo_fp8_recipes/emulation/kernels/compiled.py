@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_fp8_recipes.emulation.kernels import build
 from nemo_fp8_recipes.emulation.kernels.blockwise import BlockwiseKernels
+from nemo_fp8_recipes.emulation.kernels.measure import MeasureKernels
 from nemo_fp8_recipes.emulation.kernels.mxfp8 import Mxfp8Kernels
 from nemo_fp8_recipes.emulation.kernels.native import INPUTS
 from nemo_fp8_recipes.emulation.kernels.nvfp4 import Nvfp4Kernels
@@ -23,7 +24,7 @@ __all__ = ["Library", "for_codes", "for_tensor", "library"]
 _SWITCH = "NEMO_FP8_KERNELS"
 
 
-class Library(PerTensorKernels, Mxfp8Kernels, BlockwiseKernels, Nvfp4Kernels):
+class Library(PerTensorKernels, Mxfp8Kernels, BlockwiseKernels, Nvfp4Kernels, MeasureKernels):
     """The functions of a loaded library, on torch tensors.
 
     Quantisers write into tensors that their caller allocated. Inputs are contiguous host tensors; the caller

@@ -1,8 +1,9 @@
 """The stats tier: every quantised tensor is read again and compared with the one it was made from.
 
-This launches about 40 kernels a tensor and reads both tensors several times, at the moment of quantisation:
-kept for later, activations would outlive their layer, and what is written in place would be gone. What is
-done at the end of the step does not depend on how many modules there are.
+This launches about 40 kernels a tensor and reads both tensors several times, or once where there is one of
+`host_kernels`. It happens at the moment of quantisation: kept for later, activations would outlive their
+layer, and what is written in place would be gone. What is done at the end of the step does not depend on how
+many modules there are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.telemetry import host_kernels
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import Combine, Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
-from nemo_fp8_recipes.telemetry.probes.stored import stored
+from nemo_fp8_recipes.telemetry.probes.stored import stored, values
 
 __all__ = ["ElementProbe", "ElementSums"]
 
@@ -46,6 +48,9 @@ class ElementSums:
         """One tensor's `measure`."""
         self._slot_of.append(self._slots.setdefault(key, len(self._slots)))
         self._rows.append(measured)
+
+    def __contains__(self, key: ReadingSpec) -> bool:
+        return key in self._slots
 
     def end(self) -> Reading | None:
         """Everything since the last call."""
@@ -77,18 +82,32 @@ class ElementProbe:
 
     def begin(self) -> None:
         self._sums = ElementSums(self._indices)
+        self._columnwise: list[tuple[ReadingSpec, Tensor]] = []
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any, source: Tensor) -> None:
         """`quantizer` made `tensor` of `source`, of any shape with the same last dimension."""
         if source.numel() == 0:
             return  # an expert that got no token
-        found = stored(quantizer, tensor, self._indices)
-        if found is None:
+        coded = stored(quantizer, tensor)
+        if coded is None:
             return
+        kernel = host_kernels.measure
+        measured = kernel(source, coded) if kernel is not None else None
+        if measured is None:
+            found = values(coded, self._indices)
+            measured = measure(source.reshape(found.values.shape), found.values, found.limit)
         spec = ReadingSpec(
             operand.module, operand.tensor, "", recipe_of(quantizer), element_format(quantizer), "mean"
         )
-        self._sums.add(spec, measure(source.reshape(found.values.shape), found.values, found.limit))
+        if coded.rowwise:
+            self._sums.add(spec, measured)
+        else:
+            self._columnwise.append((spec, measured))
 
     def end(self) -> Reading | None:
+        # What was also quantised rowwise is counted as that, and not twice.
+        alone = [(spec, measured) for spec, measured in self._columnwise if spec not in self._sums]
+        for spec, measured in alone:
+            self._sums.add(spec, measured)
+        self._columnwise = []
         return self._sums.end()

@@ -1,4 +1,4 @@
-"""The values that a quantised tensor of Transformer Engine stands for, from its rowwise codes and scales.
+"""What a quantised tensor of Transformer Engine holds, and the values that it stands for.
 
 Attributes and layouts are those of `transformer_engine/pytorch/tensor/storage/*_tensor_storage.py`; the
 layouts of the scales stand in `probes/blocks.py`. Transformer Engine's own `dequantize` refuses scales that
@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.numerics import FORMATS, blockwise, mxfp8, nvfp4, tensorwise
+from nemo_fp8_recipes.numerics import FORMATS, blockwise, mxfp8, nvfp4
 from nemo_fp8_recipes.numerics.blocks import dequantize_blocks
 from nemo_fp8_recipes.numerics.cast import decode
 from nemo_fp8_recipes.numerics.formats import E4M3
 from nemo_fp8_recipes.numerics.fp4 import E2M1_MAX
+from nemo_fp8_recipes.numerics.tensorwise import dequantize
+from nemo_fp8_recipes.telemetry.coded import Coded
 from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
-__all__ = ["Stored", "per_block_limit", "stored"]
+__all__ = ["Stored", "per_block_limit", "stored", "values"]
 
 
 class Stored(NamedTuple):
@@ -37,10 +39,38 @@ class Stored(NamedTuple):
     limit: Tensor
 
 
-def stored(quantizer: Any, tensor: Any, indices: IndexCache) -> Stored | None:
-    """Values of `tensor`, which `quantizer` made; None where it has no rowwise codes, or unknown ones."""
+def stored(quantizer: Any, tensor: Any) -> Coded | None:
+    """What is stored of `tensor`, which `quantizer` made: rowwise, or columnwise where that is all there is.
+
+    Returns:
+        None where it is nothing that can be compared with the tensor itself: NVFP4's columnwise data is that
+        of its Hadamard transform, and its 4over6 blocks have a rule of their own.
+    """
     reader = _READERS.get(type(quantizer).__name__)
-    return reader(quantizer, tensor, indices) if reader is not None else None
+    return reader(quantizer, tensor) if reader is not None else None
+
+
+def values(coded: Coded, indices: IndexCache) -> Stored:
+    """The values of the codes, in torch operations that wait for nothing."""
+    rows, columns = coded.shape
+    scales = coded.scales
+    if coded.swizzle:
+        down, across = -(-rows // coded.block[0]), -(-columns // coded.block[1])
+        positions = unpadded_positions(down, across, *scales.shape, coded.swizzle)
+        picked = scales.reshape(-1).index_select(0, indices.on(scales.device, positions))
+        scales = picked.view(down, across)
+    if coded.amax is not None:
+        scale_inv = decode(scales, E4M3).mul_(coded.amax.reshape(-1, 1)).mul_(1.0 / (E4M3.max * E2M1_MAX))
+        found = nvfp4.dequantize(coded.codes, scales, coded.amax)
+        return Stored(found, per_block_limit(scale_inv, E2M1_MAX, coded.block, found.shape))
+    fmt = FORMATS[coded.format]
+    scale_inv = mxfp8.e8m0_to_fp32(scales) if scales.dtype == torch.uint8 else scales
+    if coded.block == coded.shape:
+        return Stored(dequantize(coded.codes, scale_inv, fmt), scale_inv * fmt.max)
+    return Stored(
+        dequantize_blocks(coded.codes, scale_inv, fmt, coded.block),
+        per_block_limit(scale_inv, fmt.max, coded.block, coded.codes.shape),
+    )
 
 
 def per_block_limit(scale_inv: Tensor, largest: float, block: tuple[int, int], shape: torch.Size) -> Tensor:
@@ -55,71 +85,69 @@ def per_block_limit(scale_inv: Tensor, largest: float, block: tuple[int, int], s
         fp32 of `shape`.
     """
     rows, columns = block
-    limit = (scale_inv * largest).repeat_interleave(columns, dim=1)[:, : shape[1]]
+    limit = scale_inv * largest
+    if columns > 1:
+        limit = limit.repeat_interleave(columns, dim=1)[:, : shape[1]]
     return limit.repeat_interleave(rows, dim=0)[: shape[0]] if rows > 1 else limit
 
 
-def _per_tensor(quantizer: Any, tensor: Any, _: IndexCache) -> Stored | None:
-    fmt = FORMATS[element_format(quantizer)]
-    if tensor._data is not None:
+def _per_tensor(quantizer: Any, tensor: Any) -> Coded | None:
+    rowwise = tensor._data is not None
+    if rowwise:
         codes = _matrix(tensor._data)
     elif tensor._transpose is not None and not tensor._transpose_invalid:
-        codes = tensor._transpose.reshape(tensor._transpose.shape[0], -1).t()
+        codes = _transposed(tensor._transpose)
     else:
         return None
-    scale_inv = tensor._scale_inv.detach().reshape(())
-    return Stored(tensorwise.dequantize(codes, scale_inv, fmt), scale_inv * fmt.max)
+    scale_inv = tensor._scale_inv.detach().reshape(1, 1)
+    block = (codes.shape[0], codes.shape[1])
+    return Coded(codes, scale_inv, element_format(quantizer), block, rowwise=rowwise)
 
 
-def _blockwise(quantizer: Any, tensor: Any, _: IndexCache) -> Stored | None:
-    if tensor._rowwise_data is None:
-        return None
-    fmt = FORMATS[element_format(quantizer)]
-    codes, scale_inv = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv.detach()
-    m, k = codes.shape
-    if quantizer.block_scaling_dim == 2:
-        block = (blockwise.BLOCK, blockwise.BLOCK)
-        scale_inv = scale_inv[: -(-m // block[0]), : -(-k // block[1])]
+def _blockwise(quantizer: Any, tensor: Any) -> Coded | None:
+    rowwise = tensor._rowwise_data is not None
+    if rowwise:
+        codes, scale_inv = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv.detach()
+    elif tensor._columnwise_data is not None:
+        codes, scale_inv = _transposed(tensor._columnwise_data), tensor._columnwise_scale_inv.detach()
     else:
-        block = (1, blockwise.BLOCK)
-        scale_inv = scale_inv[:, :m].t()
-    return Stored(
-        dequantize_blocks(codes, scale_inv, fmt, block),
-        per_block_limit(scale_inv, fmt.max, block, codes.shape),
+        return None
+    square = quantizer.block_scaling_dim == 2
+    block = tuple(blockwise.BLOCK if square or along else 1 for along in (not rowwise, rowwise))
+    if square != rowwise:
+        scale_inv = scale_inv.t()
+    rows, columns = codes.shape
+    scale_inv = scale_inv[: -(-rows // block[0]), : -(-columns // block[1])]
+    return Coded(codes, scale_inv, element_format(quantizer), (block[0], block[1]), rowwise=rowwise)
+
+
+def _mxfp8(quantizer: Any, tensor: Any) -> Coded | None:
+    rowwise = tensor._rowwise_data is not None
+    if rowwise:
+        codes, scales, block = tensor._rowwise_data, tensor._rowwise_scale_inv, (1, mxfp8.BLOCK)
+    elif tensor._columnwise_data is not None:
+        codes, scales, block = tensor._columnwise_data, tensor._columnwise_scale_inv, (mxfp8.BLOCK, 1)
+    else:
+        return None
+    return _arranged(
+        tensor, Coded(_matrix(codes), scales.detach(), element_format(quantizer), block, rowwise=rowwise)
     )
 
 
-def _mxfp8(quantizer: Any, tensor: Any, indices: IndexCache) -> Stored | None:
-    if tensor._rowwise_data is None:
-        return None
-    fmt = FORMATS[element_format(quantizer)]
-    codes = _matrix(tensor._rowwise_data)
-    block = (1, mxfp8.BLOCK)
-    scale_inv = mxfp8.e8m0_to_fp32(_rowwise_scales(tensor, codes.shape[0], -(-codes.shape[1] // 32), indices))
-    return Stored(
-        dequantize_blocks(codes, scale_inv, fmt, block),
-        per_block_limit(scale_inv, fmt.max, block, codes.shape),
-    )
-
-
-def _nvfp4(_: Any, tensor: Any, indices: IndexCache) -> Stored | None:
+def _nvfp4(_: Any, tensor: Any) -> Coded | None:
     if tensor._rowwise_data is None or getattr(tensor, "_nvfp4_use_4over6", False):
-        return None  # 4over6 blocks have a rule of their own
-    packed = _matrix(tensor._rowwise_data)
-    codes = _rowwise_scales(tensor, packed.shape[0], -(-packed.shape[1] // 8), indices)
+        return None
+    packed, scales = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv.detach()
     amax = tensor._amax_rowwise.detach()
-    values = nvfp4.dequantize(packed, codes, amax)
-    scale_inv = decode(codes, E4M3).mul_(amax.reshape(-1, 1)).mul_(1.0 / (E4M3.max * E2M1_MAX))
-    return Stored(values, per_block_limit(scale_inv, E2M1_MAX, (1, nvfp4.BLOCK), values.shape))
+    return _arranged(tensor, Coded(packed, scales, "e2m1", (1, nvfp4.BLOCK), amax=amax))
 
 
-def _rowwise_scales(tensor: Any, rows: int, columns: int, indices: IndexCache) -> Tensor:
-    """uint8 (rows, columns): the rowwise block scales without padding, in the order of the blocks."""
-    scale: Tensor = tensor._rowwise_scale_inv.detach()
-    if not getattr(tensor, "_with_gemm_swizzled_scales", False):
-        return scale[:rows, :columns]
-    positions = unpadded_positions(rows, columns, *scale.shape, "rowwise")
-    return scale.reshape(-1).index_select(0, indices.on(scale.device, positions)).view(rows, columns)
+def _arranged(tensor: Any, coded: Coded) -> Coded:
+    """With its scales without padding, or marked as being in the GEMM's order."""
+    if getattr(tensor, "_with_gemm_swizzled_scales", False):
+        return coded._replace(swizzle="rowwise" if coded.rowwise else "columnwise")
+    rows, columns = coded.shape
+    return coded._replace(scales=coded.scales[: -(-rows // coded.block[0]), : -(-columns // coded.block[1])])
 
 
 def _matrix(data: Tensor) -> Tensor:
@@ -127,7 +155,13 @@ def _matrix(data: Tensor) -> Tensor:
     return data.reshape(-1, data.shape[-1])
 
 
-_READERS: dict[str, Callable[[Any, Any, IndexCache], Stored | None]] = {
+def _transposed(data: Tensor) -> Tensor:
+    """The matrix of data that is stored transposed: the last dimension first."""
+    data = data.detach().view(torch.uint8)
+    return data.reshape(data.shape[0], -1).t()
+
+
+_READERS: dict[str, Callable[[Any, Any], Coded | None]] = {
     "Float8Quantizer": _per_tensor,
     "Float8CurrentScalingQuantizer": _per_tensor,
     "Float8BlockQuantizer": _blockwise,

@@ -7,6 +7,7 @@ import torch
 
 from nemo_fp8_recipes.emulation.kernels import Library, Quantized
 from nemo_fp8_recipes.numerics import E4M3
+from nemo_fp8_recipes.telemetry.coded import Coded
 
 __all__ = ["everything"]
 
@@ -25,9 +26,11 @@ def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
         return torch.from_numpy(np.zeros(shape, np.float32))
 
     codes, transposed, alone = out(m, k), out(k, m), out(m, k)
+    per_tensor = torch.from_numpy(np.full((1, 1), 1 / 3, np.float32))
     found = [torch.tensor(kernels.cast(x, E4M3, 3.0, codes, transposed, observe=True)), codes, transposed]
     kernels.cast(x, E4M3, 3.0, alone)
     found += [torch.tensor(kernels.amax(x)), alone, kernels.decode(codes, E4M3)]
+    found.append(kernels.measure(x, Coded(codes, per_tensor, "e4m3", (m, k))))
     for square in (False, True):
         rows, columns = Quantized(out(m, k), out(m, k // 32)), Quantized(out(m, k), out(m // 32, k))
         kernels.mxfp8(x, E4M3, rows, columns, square=square, swizzled=False)
@@ -42,6 +45,8 @@ def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
         packed = Quantized(out(m, k // 2), out(m, k // 16))
         kernels.nvfp4(x, torch.tensor([2.0]), packed, square=square)
         found += [*packed, kernels.decode_nvfp4(*packed)]
+        amax = torch.from_numpy(np.full(1, 2, np.float32))
+        found.append(kernels.measure(x, Coded(*packed, "e2m1", (1, 16), amax=amax)))
     rows = Quantized(out(m, k), out(m, k // 32))
     kernels.mxfp8(x, E4M3, rows, None, square=False, swizzled=False)
     half = torch.from_numpy(np.ascontiguousarray(x.view(torch.int32).numpy() >> 16).astype(np.int16))

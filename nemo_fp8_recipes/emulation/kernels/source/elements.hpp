@@ -131,7 +131,21 @@ struct E5M2 : Element<2, 15, 0x47600000 /* 57344 */, 0x7f, 24> {
   }
 };
 
-struct E2M1 : Element<1, 1, 0x40c00000 /* 6 */, 0x7, 28> {};
+struct E2M1 : Element<1, 1, 0x40c00000 /* 6 */, 0x7, 28> {
+  static constexpr float max = 6.0f;
+  static inline float decode(uint8_t code) {
+    const int32_t magnitude = code & 7;
+    const int32_t normal = (magnitude << 22) + power_bits(-1);
+    const int32_t subnormal = as_bits(float(magnitude) * 0.5f);
+    return as_float((magnitude < 2 ? subnormal : normal) | int32_t(code & 8) << 28);
+  }
+};
+
+// The scale that an E8M0 code is.
+inline float e8m0_value(uint8_t code) {
+  if (code == 255) return as_float(0x7fc00000);
+  return code == 0 ? as_float(0x00400000) : as_float(int32_t(code) << 23);
+}
 
 enum Format : int32_t { kE4M3 = 0, kE5M2 = 1 };
 

@@ -4,6 +4,7 @@
 #include "columns.hpp"
 #include "elements.hpp"
 #include "loops.hpp"
+#include "measure.hpp"
 #include "nvfp4.hpp"
 #include "per_tensor.hpp"
 #include "rows.hpp"
@@ -26,16 +27,11 @@ ScalePlace mxfp8_place(bool columnwise, bool swizzled, int64_t stride, int64_t p
   return columnwise ? ScalePlace{1, stride, 0} : row_place(false, stride);
 }
 
-float e8m0_value(uint8_t code) {
-  if (code == 255) return as_float(0x7fc00000);
-  return code == 0 ? as_float(0x00400000) : as_float(int32_t(code) << 23);
-}
-
 }  // namespace
 
 extern "C" {
 
-KERNEL int32_t nemo_fp8_interface() { return 3; }
+KERNEL int32_t nemo_fp8_interface() { return 4; }
 
 // Run on the threads of the OpenMP runtime whose `GOMP_parallel` this is; null: on new threads.
 KERNEL void nemo_fp8_use_team(void* parallel) { use_team(reinterpret_cast<Team>(parallel)); }
@@ -143,6 +139,29 @@ KERNEL void nemo_fp8_decode_blockwise(const uint8_t* codes, int64_t m, int64_t k
 KERNEL void nemo_fp8_decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, int32_t swizzled,
                                   const uint8_t* scales, int64_t scale_stride, float* out, int32_t threads) {
   decode_nvfp4(packed, m, k, scales, row_place(swizzled != 0, scale_stride), out, threads);
+}
+
+// `out` has room for what `MEASURED` of telemetry/elements.py lists.
+KERNEL void nemo_fp8_measure(const void* x, int32_t input, int64_t m, int64_t k, const uint8_t* codes,
+                             int32_t format, const void* scales, int32_t scale_format, int64_t block_rows,
+                             int64_t block_columns, int64_t row_stride, int64_t block_stride, int64_t tiles,
+                             int32_t swapped, const float* amax, int32_t row_scaled, int64_t stride, int64_t top,
+                             double* out, int32_t threads) {
+  const ScalePlace place{row_stride, block_stride, tiles};
+  const Coded coded{codes,         format,       scales, scale_format, block_rows,
+                    block_columns, swapped != 0, place,  amax,         row_scaled != 0};
+  const Measured sums = measure({x, input}, m, k, coded, stride, top, threads);
+  const double number[] = {double(m * k),
+                           double(sums.finite - sums.nonzero),
+                           double(sums.nonzero - sums.kept),
+                           double(sums.saturated),
+                           double(m * k - sums.finite),
+                           sums.norm,
+                           sums.noise,
+                           sums.bulk_norm,
+                           sums.bulk_noise,
+                           as_float(sums.largest)};
+  std::copy(std::begin(number), std::end(number), out);
 }
 
 }  // extern "C"

@@ -31,7 +31,7 @@ ScalePlace mxfp8_place(bool columnwise, bool swizzled, int64_t stride, int64_t p
 
 extern "C" {
 
-KERNEL int32_t nemo_fp8_interface() { return 4; }
+KERNEL int32_t nemo_fp8_interface() { return 5; }
 
 // Run on the threads of the OpenMP runtime whose `GOMP_parallel` this is; null: on new threads.
 KERNEL void nemo_fp8_use_team(void* parallel) { use_team(reinterpret_cast<Team>(parallel)); }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import types
 import warnings
 from pathlib import Path
@@ -28,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("emulated")
         lambda: torch.ones(2).new_empty(3, device="cuda"),
         lambda: torch.ones(2).to("cuda"),
         lambda: torch.ones(2).to(0),
+        lambda: torch.ones(2).cuda(0),
+        lambda: torch.ones(2, device=0),
+        lambda: torch.ones(2, device=torch.device(0)),
+        lambda: torch.ones(2).to(torch.device(0)),
+        lambda: torch.nn.Linear(2, 2).to(device=0).weight,
+        lambda: torch.nn.Linear(2, 2).cuda(0).weight,
+        lambda: torch.nn.Linear(2, 2, device=0).weight,
         lambda: torch.ones(2).to(device="cuda", dtype=torch.bfloat16),
         lambda: torch.ones(2).cuda().pin_memory(),
         lambda: torch.nn.Linear(2, 2, device="cuda").weight,
@@ -54,6 +64,61 @@ def test_default_devices_make_host_tensors() -> None:
         assert torch.ones(2).device.type == "cpu"
     finally:
         torch.set_default_device(None)
+
+
+def test_an_index_is_a_device() -> None:
+    for device in (torch.device(0), torch.device(device=0), torch.device(torch.cuda.current_device())):
+        assert device == torch.device("cuda", 0)
+        assert (device.type, device.index) == ("cuda", 0)
+    with torch.device(0), torch.cuda.device(0):
+        assert torch.ones(2).device.type == "cpu"
+    torch.set_default_device(torch.device(0))
+    try:
+        assert torch.ones(2).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_what_takes_the_place_of_the_device_type_is_that_type() -> None:
+    device = torch.device("cpu")
+    real = type(device)
+    assert isinstance(device, torch.device)
+    assert not isinstance("cpu", torch.device)
+    assert isinstance(device, (str, torch.device))
+    assert torch.device == real
+    assert real == torch.device
+    assert {real: 1}[torch.device] == 1
+    assert issubclass(real, torch.device)
+    assert copy.deepcopy(device) == pickle.loads(pickle.dumps(device)) == device
+    assert pickle.loads(pickle.dumps(torch.device)) is torch.device
+    assert torch.device.type is real.type  # its descriptors
+    with pytest.raises(RuntimeError, match="Expected one of cpu, cuda"):
+        torch.device("gpu")
+    buffer = io.BytesIO()
+    torch.save({"device": device}, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer) == {"device": device}
+
+
+def test_custom_operators_and_scripts_take_a_device() -> None:
+    @torch.library.custom_op("nemo_fp8_recipes_tests::on", mutates_args=())
+    def on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device).clone()
+
+    @torch.jit.script
+    def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device)
+
+    assert on(torch.ones(2), torch.device("cpu")).tolist() == [1.0, 1.0]
+    assert moved(torch.ones(2), torch.device("cpu")).tolist() == [1.0, 1.0]
+
+
+def test_a_checkpoint_s_storages_are_sent_to_the_device_by_a_function() -> None:
+    buffer = io.BytesIO()
+    torch.save(torch.ones(2), buffer)
+    for where in (0, torch.device(0), lambda storage, _location: storage.cuda(0)):
+        buffer.seek(0)
+        assert torch.load(buffer, map_location=where).tolist() == [1.0, 1.0]
 
 
 def test_meta_tensors_are_not_on_the_device() -> None:

@@ -64,12 +64,12 @@ def build(te_version: str, device: PosingDevice) -> types.ModuleType:
     for name, bases in surface.CLASSES.items():
         contents[name] = _refusing_class(name, tuple(contents[base] for base in bases))
     contents["FP8TensorMeta"] = FP8TensorMeta
-    for name, functions in surface.NOT_EMULATED_SUBMODULES.items():
+    for name, functions in surface.SUBMODULES.items():
         if not exists(name, chosen.name):
             continue
         submodule = types.ModuleType(f"{MODULE}.{name}")
-        for function in functions:
-            setattr(submodule, function, _refusing_function(f"{name}.{function}"))
+        for function, family in functions.items():
+            setattr(submodule, function, _emulated(function, family))
         contents[name] = submodule
     for name, value in contents.items():
         setattr(module, name, value)

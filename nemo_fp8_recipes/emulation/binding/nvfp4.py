@@ -99,6 +99,10 @@ class Nvfp4Scaling:
         return shape
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
+        return self.encode_under(quantizer, x, None)
+
+    def encode_under(self, quantizer: Any, x: Tensor, amaxes: Buffers | None) -> Buffers:
+        """`encode`, under amaxes that are given and kept as they are, or None: found in x."""
         _require_supported(quantizer, x)
         matrix = x.view(flat_2d(x.shape))
         specs = self.specs(quantizer, x.shape)
@@ -106,12 +110,15 @@ class Nvfp4Scaling:
         largest: float | None = None
         if "_columnwise_data" in specs:
             columns, largest = _columns(quantizer, matrix)
-        buffers = self._amaxes(quantizer, matrix, columns, largest, specs)
+        if amaxes is None:
+            buffers = self._amaxes(quantizer, matrix, columns, largest, specs)
+        else:
+            buffers = {name: amax for name, amax in amaxes.items() if name in specs}
         if "_rowwise_data" in specs:
-            self._direction(quantizer, "rowwise", matrix, specs, buffers, self._swizzled(quantizer, x.shape))
+            self._direction(quantizer, "rowwise", matrix, specs, buffers, self.swizzled(quantizer, x.shape))
         if columns is not None:
             self._direction(
-                quantizer, "columnwise", columns, specs, buffers, self._swizzled(quantizer, x.shape)
+                quantizer, "columnwise", columns, specs, buffers, self.swizzled(quantizer, x.shape)
             )
         return buffers
 
@@ -142,7 +149,7 @@ class Nvfp4Scaling:
         """What a tensor says of its buffers."""
         option = release().option
         return {
-            "with_gemm_swizzled_scales": self._swizzled(quantizer, shape),
+            "with_gemm_swizzled_scales": self.swizzled(quantizer, shape),
             "row_scaled_nvfp4": _row_scaled(quantizer),
             "nvfp4_use_4over6": _four_over_six(quantizer),
             "nvfp4_e4m3_max": int(option(quantizer, "nvfp4_e4m3_max")),
@@ -223,7 +230,7 @@ class Nvfp4Scaling:
         buffers[f"_{direction}_data"] = packed.view(specs[f"_{direction}_data"][0])
         buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded
 
-    def _swizzled(self, quantizer: Any, shape: Sequence[int]) -> bool:
+    def swizzled(self, quantizer: Any, shape: Sequence[int]) -> bool:
         """Whether the kernel for this shape writes swizzled scales (`nvfp4_emits_gemm_swizzled_scales`)."""
         rule = release().nvfp4_swizzle
         option = release().option

@@ -36,14 +36,14 @@ BLOCK = 128
 MX_BLOCK = 32
 
 
-def _in_place_of_whole(piece: Tensor, rows: int, columns: int, start_offset: int) -> Tensor:
+def in_place_of_whole(piece: Tensor, rows: int, columns: int, start_offset: int) -> Tensor:
     """The [rows, columns] matrix with the piece where it belongs and zeros elsewhere; fp32."""
     whole = torch.zeros(rows * columns, dtype=torch.float32, device=piece.device)
     whole[start_offset : start_offset + piece.numel()] = piece.detach().reshape(-1)
     return whole.view(rows, columns)
 
 
-def _positions(count: int, columns: int, start_offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def positions(count: int, columns: int, start_offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column in the matrix of every element of a piece."""
     index = torch.arange(start_offset, start_offset + count, device=device)
     return index // columns, index % columns
@@ -58,7 +58,7 @@ def fp8_block_scaling_compute_partial_amax(
     nvte_check(block_len == BLOCK, SOURCE, "Currently only block_len = 128 is supported")
     nvte_check(amax.dim() == 2, SOURCE, "amax must be a 2D tensor")
     nvte_check(amax.dtype == torch.float32, SOURCE, "amax must be a float tensor")
-    found = block_amax(_in_place_of_whole(tensor, h, w, start_offset), (BLOCK, BLOCK))
+    found = block_amax(in_place_of_whole(tensor, h, w, start_offset), (BLOCK, BLOCK))
     amax[: found.shape[0], : found.shape[1]].copy_(found)
 
 
@@ -80,7 +80,7 @@ def fp8_block_scaling_partial_cast(
     nvte_check(scale.dtype == torch.float32, SOURCE, "scale must be a float tensor")
     nvte_check(out.dtype == torch.uint8, SOURCE, "output must be a uint8 tensor")
     piece = inp.detach().reshape(-1)
-    row, column = _positions(piece.numel(), w, start_offset, piece.device)
+    row, column = positions(piece.numel(), w, start_offset, piece.device)
     codes = scale_and_cast(piece, scale[row // BLOCK, column // BLOCK], fp8_format(out_dtype))
     out.copy_(codes.view(out.shape))
 
@@ -90,7 +90,7 @@ def mxfp8_scaling_compute_partial_amax(
 ) -> None:
     """Amax of the piece in every 1x32 and 32x1 block of the [rows, cols] weight, in the input's dtype."""
     _check_mxfp8(rows, cols)
-    whole = _in_place_of_whole(input, rows, cols, start_offset)
+    whole = in_place_of_whole(input, rows, cols, start_offset)
     rowwise = block_amax(whole, (1, MX_BLOCK))
     colwise = block_amax(whole, (MX_BLOCK, 1))
     amax_rowwise[: rowwise.shape[0], : rowwise.shape[1]].copy_(rowwise)
@@ -112,7 +112,7 @@ def mxfp8_scaling_partial_cast(
     """
     _check_mxfp8(rows, cols)
     piece = input.detach().reshape(-1)
-    row, column = _positions(piece.numel(), cols, start_offset, piece.device)
+    row, column = positions(piece.numel(), cols, start_offset, piece.device)
     rowwise = e8m0_reciprocal(scale_inv_rowwise[row, column // MX_BLOCK])
     colwise = e8m0_reciprocal(scale_inv_colwise[row // MX_BLOCK, column])
     output_rowwise.copy_(scale_and_cast(piece, rowwise, E4M3).view(output_rowwise.shape))

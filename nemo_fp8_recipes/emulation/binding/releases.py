@@ -43,6 +43,8 @@ class Release:
         current_scaling_buffers: the quantizers of current scaling hold `amax` and `scale`, which the kernels
             write, and `use_existing_amax`, which makes `quantize` take the amax as it is.
         fused_attention_reason: `get_fused_attn_backend` takes one object and answers with a reason too.
+        groups_of_every_format: groups are quantised with current and block scaling too, and their last
+            dimension may vary.
         nvfp4_divides: the scale of an NVFP4 block is (amax / 6) * S, two roundings, and not amax * (S / 6).
         nvfp4_square_columns_alone: 16x16 blocks can be had columnwise without the rowwise data.
         nvfp4_row_scaled_columns: row-scaled NVFP4 can be had columnwise.
@@ -62,6 +64,7 @@ class Release:
     compact_blockwise: bool = False
     current_scaling_buffers: bool = False
     fused_attention_reason: bool = False
+    groups_of_every_format: bool = False
     nvfp4_divides: bool = False
     nvfp4_square_columns_alone: bool = True
     nvfp4_row_scaled_columns: bool = False
@@ -159,6 +162,7 @@ RELEASES: dict[str, Release] = {
             missing_options={"Float8BlockQuantizer.all_gather_usage": False},
             missing_fields={"data_format": None},
             fused_attention_reason=True,
+            groups_of_every_format=True,
             nvfp4_row_scaled_columns=True,
             nvfp4_swizzle=Nvfp4Swizzle.HADAMARD_OR_SQUARE,
         ),

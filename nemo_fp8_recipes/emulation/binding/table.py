@@ -37,8 +37,8 @@ def markdown() -> str:
         lines.append(_row(name, name, f"`{family}.py`" if family else "NotImplementedError"))
     lines += ["", _header("class or submodule")]
     lines += [_row(name, name, "NotImplementedError when made") for name in surface.CLASSES]
-    for name, functions in surface.NOT_EMULATED_SUBMODULES.items():
-        lines += [_row(name, f"{name}.{function}", "NotImplementedError") for function in sorted(functions)]
+    for name, functions in surface.SUBMODULES.items():
+        lines += [_row(name, f"{name}.{function}", f"`{by}.py`") for function, by in functions.items()]
     lines += [_row("FP8TensorMeta", "FP8TensorMeta", "yes"), _row("", "the enums", "`enums.py`", code=False)]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     random.py       the device's random state, which is the host's
     autocast.py     the device's autocast, which acts on the host's tensors
     matmul.py       16-bit matrix products, accumulated in FP32 as tensor cores do
+    device_type.py  `torch.device(0)` is the posing device
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -18,6 +19,7 @@ from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 from nemo_fp8_recipes.emulation.torch_cuda import (
     autocast,
+    device_type,
     matmul,
     memory,
     placement,
@@ -31,6 +33,7 @@ __all__ = ["apply"]
 
 def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     """Make torch answer as if it ran on `device`."""
+    device_type.apply(ledger)
     placement.apply(ledger)
     queries.apply(ledger, device)
     streams.apply(ledger)

@@ -126,8 +126,11 @@ def _redirect_moves(ledger: PatchLedger) -> None:
 
     @functools.wraps(module_to)
     def redirected_module_to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # torch resolves an index by itself and finds no device
         if args and isinstance(args[0], int):
-            args = (_CPU, *args[1:])  # torch resolves an index by itself and finds no device
+            args = (_CPU, *args[1:])
+        elif isinstance(kwargs.get("device"), int):
+            kwargs["device"] = _CPU
         return module_to(self, *args, **kwargs)
 
     ledger.set(torch.nn.Module, "to", redirected_module_to, reason)
@@ -153,7 +156,13 @@ def _redirect_loading(ledger: PatchLedger) -> None:
     def redirected_load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         return load(f, "cpu" if map_location is None else host(map_location), *args, **kwargs)
 
+    def cuda(self: Any, device: Any = None, non_blocking: bool = False) -> Any:
+        """Returns `self`: where a function given as `map_location` sends a storage."""
+        return self
+
     ledger.set(torch, "load", redirected_load, reason)
+    for storage in (torch.UntypedStorage, torch.TypedStorage):
+        ledger.set(storage, "cuda", cuda, reason)
 
 
 def _answer_for_the_device(ledger: PatchLedger) -> None:

@@ -128,7 +128,7 @@ def test_the_release_is_chosen_by_the_version(emulated, version):
 
 
 def test_every_name_of_the_history_is_in_the_surface():
-    names = set(surface.EMULATED) | surface.NOT_EMULATED | set(surface.NOT_EMULATED_SUBMODULES)
+    names = set(surface.EMULATED) | surface.NOT_EMULATED | set(surface.SUBMODULES)
     assert set().union(*ADDED.values(), *REMOVED.values()) <= names
     assert set(ADDED) | set(REMOVED) <= set(RELEASES)
 

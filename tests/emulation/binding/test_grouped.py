@@ -1,0 +1,295 @@
+"""Grouped tensors: every member is what it would be alone, wherever it lies in the buffers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.emulation.binding.test_quantize import blockwise, mxfp8, tensorwise
+from tests.support.te_release import RELEASE, since
+
+pytestmark = since("2.14")
+
+ROWS = [128, 0, 256, 128]
+COLUMNS = 128
+
+
+def nvfp4(te, *, rowwise=True, columnwise=True):
+    return te.NVFP4Quantizer(
+        fp4_dtype=te.DType.kFloat4E2M1,
+        rowwise=rowwise,
+        columnwise=columnwise,
+        with_amax_reduction=False,
+        with_rht=True,
+        with_post_rht_amax=True,
+    )
+
+
+def square_blocks(te):
+    return blockwise(te, dim=2)
+
+
+def members(x):
+    return [part.contiguous() for part in x.split(ROWS)]
+
+
+BUFFERS = (
+    ("rowwise_data", ("_rowwise_data", "_data")),
+    ("scale_inv", ("_rowwise_scale_inv", "_scale_inv")),
+    ("columnwise_data", ("_columnwise_data", "_transpose")),
+    ("columnwise_scale_inv", ("_columnwise_scale_inv",)),
+)
+
+
+def assert_members_are_alone(grouped, alone):
+    """The flat buffers are those of the members, one behind the other."""
+    found = 0
+    for name, names in BUFFERS:
+        parts = [next((getattr(t, each) for each in names if hasattr(t, each)), None) for t in alone]
+        buffer = getattr(grouped, name)
+        if any(part is None for part in parts) or buffer is None:
+            continue
+        flat = torch.cat([part.reshape(-1).view(buffer.dtype) for part in parts])
+        assert torch.equal(buffer.reshape(-1)[: flat.numel()], flat), name
+        found += 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        mxfp8,
+        nvfp4,
+        pytest.param(blockwise, marks=since("2.20")),
+        pytest.param(square_blocks, marks=since("2.20")),
+        pytest.param(tensorwise, marks=since("2.20")),
+    ],
+)
+def test_a_member_is_quantised_as_if_it_were_alone(te, tex, maker):
+    x = torch.randn(sum(ROWS), COLUMNS).bfloat16() * torch.logspace(-3, 3, sum(ROWS))[:, None].bfloat16()
+    grouped = tex.group_quantize(x, maker(te), len(ROWS), torch.tensor(ROWS))
+    alone = [tex.quantize(part, maker(te)) for part in members(x) if len(part)]
+    if maker is tensorwise:  # one value a member, that of the empty one is not written
+        kept = [number for number, rows in enumerate(ROWS) if rows]
+        assert grouped.scale_inv[kept].tolist() == [t._scale_inv.item() for t in alone]
+        assert grouped.amax[kept].tolist() == [part.abs().max().item() for part in members(x) if len(part)]
+        codes = torch.cat([t._data.reshape(-1) for t in alone])
+        assert torch.equal(grouped.rowwise_data, codes)
+        return
+    assert_members_are_alone(grouped, alone)
+    assert grouped.tensor_offsets.tolist() == [
+        COLUMNS * sum(ROWS[:number]) for number in range(len(ROWS) + 1)
+    ]
+    if maker is nvfp4:
+        kept = [number for number, rows in enumerate(ROWS) if rows]
+        assert grouped.amax[kept].tolist() == [t._amax_rowwise.item() for t in alone]
+        assert grouped.columnwise_amax[kept].tolist() == [t._amax_columnwise.item() for t in alone]
+
+
+@pytest.mark.parametrize("maker", [mxfp8, nvfp4])
+def test_scales_in_the_order_of_the_gemm(te, tex, maker):
+    x = torch.randn(sum(ROWS), COLUMNS).bfloat16()
+    quantizer = maker(te)
+    quantizer.optimize_for_gemm = True
+    grouped = tex.group_quantize(x, quantizer, len(ROWS), torch.tensor(ROWS))
+    assert grouped._with_gemm_swizzled_scales
+    alone = [tex.quantize(part, maker(te)) for part in members(x) if len(part)]
+    for each in alone:
+        tex.swizzle_scales_for_gemm_(each)
+    assert_members_are_alone(grouped, alone)
+
+
+def test_te_takes_a_group_apart_again(te, tex):
+    x = torch.randn(512, COLUMNS).bfloat16()
+    grouped = tex.group_quantize(x, mxfp8(te), 4, torch.tensor([128] * 4))
+    parts = grouped.split_into_quantized_tensors()
+    for part, source in zip(parts, x.split(128), strict=True):
+        assert torch.equal(part.dequantize(), tex.quantize(source, mxfp8(te)).dequantize())
+
+
+def test_rows_behind_the_last_member_are_left_alone(te, tex):
+    x = torch.randn(512, COLUMNS).bfloat16()
+    x[256:] = float("nan")
+    grouped = tex.group_quantize(x, mxfp8(te), 2, torch.tensor([128, 128]))
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in x[:256].split(128)])
+
+
+def test_members_of_one_shape_need_no_sizes(te, tex):
+    x = torch.randn(256, COLUMNS).bfloat16()
+    grouped = tex.group_quantize(x, mxfp8(te), 2, None)
+    assert grouped.first_dims is None
+    assert grouped.tensor_offsets is None
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in x.split(128)])
+
+
+@since("2.20")
+def test_members_that_differ_in_columns(te, tex):
+    shapes = [(128, 256), (128, 128)]
+    parts = [torch.randn(shape).bfloat16() for shape in shapes]
+    x = torch.cat([part.view(-1) for part in parts]).view(128, 384)
+    grouped = tex.group_quantize(x, mxfp8(te), 2, None, last_dims=torch.tensor([256, 128]))
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in parts])
+
+
+@since("2.20")
+def test_an_existing_group_is_written_in_place_unless_told_not_to(te, tex):
+    quantizer = mxfp8(te)
+    grouped = tex.group_quantize(torch.zeros(256, COLUMNS), quantizer, 2, None)
+    data, x = grouped.rowwise_data, torch.randn(256, COLUMNS)
+    skip = torch.ones(1)
+    assert tex.group_quantize(x, quantizer, 2, None, noop_flag=skip, output=grouped) is grouped
+    assert not data.any()
+    assert tex.group_quantize(x, quantizer, 2, None, noop_flag=skip * 0, output=grouped) is grouped
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in x.split(128)])
+    assert grouped.rowwise_data is data
+    with pytest.raises(RuntimeError, match="created by the same quantizer"):
+        tex.group_quantize(x, mxfp8(te), 2, None, output=grouped)
+
+
+def test_bias_gradients(te, tex):
+    dy = torch.randn(sum(ROWS), COLUMNS).bfloat16()
+    grouped, sums = tex.bgrad_group_quantize(dy, mxfp8(te), len(ROWS), torch.tensor(ROWS))
+    assert torch.equal(sums, torch.stack([part.float().sum(0) for part in members(dy)]).bfloat16())
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in members(dy) if len(part)])
+
+
+@since("2.17")
+def test_dequantised(te, tex):
+    x = torch.randn(sum(ROWS), COLUMNS).bfloat16()
+    grouped = tex.group_quantize(x, mxfp8(te), len(ROWS), torch.tensor(ROWS))
+    expected = torch.cat([tex.quantize(part, mxfp8(te)).dequantize() for part in members(x) if len(part)])
+    back = tex.group_dequantize(grouped, te.DType.kBFloat16)
+    assert torch.equal(back.rowwise_data.view(x.shape), expected)
+
+
+@since("2.20")
+def test_made_ready_for_gemms_in_place(te, tex):
+    x = torch.randn(sum(ROWS), COLUMNS).bfloat16()
+    splits = torch.tensor(ROWS)
+    rowwise = te.MXFP8Quantizer(te.DType.kFloat8E4M3, rowwise=True, columnwise=False)
+    grouped = tex.group_quantize(x, rowwise, len(ROWS), splits)
+    values = tex.group_requantize_inplace(
+        grouped, mxfp8(te), len(ROWS), splits, te.DType.kBFloat16, return_dequantized=True
+    )
+    assert torch.equal(
+        values, torch.cat([tex.quantize(part, mxfp8(te)).dequantize() for part in members(x) if len(part)])
+    )
+    again = [tex.quantize(part, mxfp8(te)) for part in members(values) if len(part)]
+    columns = torch.cat([t._columnwise_data.view(-1) for t in again])
+    assert torch.equal(grouped.columnwise_data, columns)
+    assert grouped._with_gemm_swizzled_scales
+    assert tex.group_requantize_inplace(grouped, mxfp8(te), len(ROWS), splits, te.DType.kBFloat16) is None
+    with pytest.raises(RuntimeError, match="compact format"):
+        tex.group_requantize_inplace(
+            grouped, mxfp8(te), len(ROWS), splits, te.DType.kBFloat16, return_dequantized=True
+        )
+
+
+def test_swizzling_a_group(te, tex):
+    x = torch.randn(512, COLUMNS).bfloat16()
+    grouped = tex.group_quantize(x, mxfp8(te), 4, None)
+    expected = [tex.quantize(part, mxfp8(te)) for part in x.split(128)]
+    for each in expected:
+        tex.swizzle_scales_for_gemm_(each)
+    tex.grouped_swizzle_for_gemm(grouped, True, True)
+    assert grouped.scale_inv.shape == (512, 4)
+    assert_members_are_alone(grouped, expected)
+    before = grouped.scale_inv
+    tex.grouped_swizzle_for_gemm(grouped, True, True)
+    assert grouped.scale_inv is before
+
+
+@since("2.17")
+def test_nvfp4_under_amaxes_that_are_known(te, tex):
+    x = torch.randn(256, COLUMNS).bfloat16()
+    rowwise, columnwise = torch.tensor([7.0]), torch.tensor([9.0])
+    tensor = tex.nvfp4_quantize_with_amax(x, nvfp4(te), rowwise, columnwise)
+    assert tensor._amax_rowwise is rowwise
+    assert tensor._amax_columnwise is columnwise
+    assert not torch.equal(tensor._rowwise_scale_inv, tex.quantize(x, nvfp4(te))._rowwise_scale_inv)
+    own = tex.quantize(x, nvfp4(te))
+    same = tex.nvfp4_quantize_with_amax(x, nvfp4(te), own._amax_rowwise, own._amax_columnwise)
+    assert torch.equal(same._rowwise_data, own._rowwise_data)
+    assert torch.equal(same._columnwise_data, own._columnwise_data)
+
+    alone = [tex.quantize(part, nvfp4(te)) for part in x.split(128)]
+    amaxes = [torch.cat([getattr(t, name) for t in alone]) for name in ("_amax_rowwise", "_amax_columnwise")]
+    arguments = {"rowwise_amax": amaxes[0], "columnwise_amax": amaxes[1]}
+    if RELEASE == "2.20":
+        arguments["last_dims"] = None
+    grouped = tex.nvfp4_group_quantize_with_amax(x, nvfp4(te), 2, torch.tensor([128, 128]), **arguments)
+    assert_members_are_alone(grouped, alone)
+    assert grouped.amax is amaxes[0]
+
+
+def test_what_is_refused(te, tex):
+    x = torch.randn(256, COLUMNS).bfloat16()
+    with pytest.raises(RuntimeError, match="must have length 2"):
+        tex.group_quantize(x, mxfp8(te), 2, torch.tensor([256]))
+    with pytest.raises(RuntimeError, match="first_dims must have dtype int64"):
+        tex.group_quantize(x, mxfp8(te), 2, torch.tensor([128, 128], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="non-RHT path is not ready yet"):
+        tex.group_quantize(x, te.NVFP4Quantizer(fp4_dtype=te.DType.kFloat4E2M1), 2, None)
+    if RELEASE != "2.20":
+        with pytest.raises(RuntimeError, match="not supported with Float8BlockQuantizer"):
+            tex.group_quantize(x, blockwise(te), 2, None)
+
+
+def test_offsets(te, tex):
+    sizes = torch.tensor([3, 0, 5])
+    assert tex.splits_to_offsets(sizes, 4).tolist() == [0, 12, 12, 32]
+
+
+@since("2.17")
+@pytest.mark.parametrize("bulk", [False, True])
+def test_offsets_of_several_strides(tex, bulk):
+    sizes, (rows, bytes_) = tex.splits_to_offsets_multi(
+        torch.tensor([3, 0, 5], dtype=torch.int32),
+        "cuda",
+        strides=[1, 8],
+        include_leading_zero=[False, True],
+        dtypes=[torch.int32, torch.int64],
+        bulk_allocate=bulk,
+    )
+    assert sizes.dtype == torch.int64
+    assert (rows.tolist(), rows.dtype) == ([3, 3, 8], torch.int32)
+    assert (bytes_.tolist(), bytes_.dtype) == ([0, 24, 24, 64], torch.int64)
+    if bulk:
+        assert bytes_.data_ptr() % 16 == rows.data_ptr() % 16 == 0
+        assert 0 < bytes_.data_ptr() - rows.data_ptr() < 32
+
+
+@since("2.17")
+def test_tensors_in_one_buffer(tex):
+    shapes, dtypes = [(3, 5), (0,), (7,)], [torch.bfloat16, torch.float32, torch.float32]
+    made = tex.bulk_allocate(shapes, dtypes, "cuda", [64, 4, 64])
+    for tensor, shape, dtype in zip(made, shapes, dtypes, strict=True):
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+    assert made[0].data_ptr() % 64 == made[2].data_ptr() % 64 == 0
+    assert made[0].untyped_storage().data_ptr() == made[2].untyped_storage().data_ptr()
+    made[0].fill_(1.0)
+    made[2].fill_(2.0)
+    assert made[0].float().sum() == math.prod(shapes[0])
+
+
+@since("2.17")
+def test_addresses(te, tex):
+    tensors = [torch.ones(4), torch.zeros(2)]
+    assert tex.copy_data_ptrs_to_device(tensors, "cuda").tolist() == [t.data_ptr() for t in tensors]
+    quantized = [tex.quantize(torch.randn(160, 96).bfloat16(), mxfp8(te)) for _ in range(3)]
+    data = [t._columnwise_data for t in quantized]
+    scales = [t._columnwise_scale_inv for t in quantized]
+    addresses, scale_addresses, buffer = (
+        tex.grouped_mlp_experimental.swizzle_scales_and_pack_ptrs_for_discrete_weights(
+            data, scales, "mxfp8_columnwise", "cuda"
+        )
+    )
+    assert addresses.tolist() == [d.data_ptr() for d in data]
+    for each, address in zip(quantized, scale_addresses.tolist(), strict=True):
+        tex.swizzle_scales_for_gemm_(each)
+        start = address - buffer.data_ptr()
+        assert start % 16 == 0
+        wanted = each._columnwise_scale_inv.reshape(-1)
+        assert torch.equal(buffer[start : start + wanted.numel()], wanted)

@@ -8,6 +8,7 @@ many modules there are.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.telemetry import host_kernels
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.linears import Operand
-from nemo_fp8_recipes.telemetry.probes.base import Combine, Reading, ReadingSpec, element_format
+from nemo_fp8_recipes.telemetry.probes.base import Combine, Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.stored import stored, values
 
@@ -64,13 +65,17 @@ class ElementSums:
         sums[:, first : first + len(_NORMS)].sqrt_()
         largest = rows.new_zeros(size).scatter_reduce_(0, slots, rows[:, _SUMS], "amax")
         table = torch.cat([sums, largest[:, None]], dim=1).to(torch.float32)
-        specs = tuple(
-            key._replace(name=name, combine=_COMBINE.get(name, "mean"))
-            for key in self._slots
-            for name, _ in MEASURED
-        )
+        specs = _specs(tuple(self._slots))
         self._slots, self._slot_of, self._rows = {}, [], []
         return Reading(specs, table.reshape(-1))
+
+
+@functools.lru_cache(maxsize=16)
+def _specs(keys: tuple[ReadingSpec, ...]) -> tuple[ReadingSpec, ...]:
+    """What is read of these operands: the same tuple for the same ones."""
+    return tuple(
+        key._replace(name=name, combine=_COMBINE.get(name, "mean")) for key in keys for name, _ in MEASURED
+    )
 
 
 class ElementProbe:
@@ -96,9 +101,7 @@ class ElementProbe:
         if measured is None:
             found = values(coded, self._indices)
             measured = measure(source.reshape(found.values.shape), found.values, found.limit)
-        spec = ReadingSpec(
-            operand.module, operand.tensor, "", recipe_of(quantizer), element_format(quantizer), "mean"
-        )
+        spec = ReadingSpec(operand.module, operand.tensor, "", recipe_of(quantizer), coded.format, "mean")
         if coded.rowwise:
             self._sums.add(spec, measured)
         else:

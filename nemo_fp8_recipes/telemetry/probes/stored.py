@@ -99,7 +99,7 @@ def _per_tensor(quantizer: Any, tensor: Any) -> Coded | None:
         codes = _transposed(tensor._transpose)
     else:
         return None
-    scale_inv = tensor._scale_inv.detach().reshape(1, 1)
+    scale_inv = tensor._scale_inv.reshape(1, 1)
     block = (codes.shape[0], codes.shape[1])
     return Coded(codes, scale_inv, element_format(quantizer), block, rowwise=rowwise)
 
@@ -107,9 +107,9 @@ def _per_tensor(quantizer: Any, tensor: Any) -> Coded | None:
 def _blockwise(quantizer: Any, tensor: Any) -> Coded | None:
     rowwise = tensor._rowwise_data is not None
     if rowwise:
-        codes, scale_inv = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv.detach()
+        codes, scale_inv = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv
     elif tensor._columnwise_data is not None:
-        codes, scale_inv = _transposed(tensor._columnwise_data), tensor._columnwise_scale_inv.detach()
+        codes, scale_inv = _transposed(tensor._columnwise_data), tensor._columnwise_scale_inv
     else:
         return None
     square = quantizer.block_scaling_dim == 2
@@ -129,16 +129,14 @@ def _mxfp8(quantizer: Any, tensor: Any) -> Coded | None:
         codes, scales, block = tensor._columnwise_data, tensor._columnwise_scale_inv, (mxfp8.BLOCK, 1)
     else:
         return None
-    return _arranged(
-        tensor, Coded(_matrix(codes), scales.detach(), element_format(quantizer), block, rowwise=rowwise)
-    )
+    return _arranged(tensor, Coded(_matrix(codes), scales, element_format(quantizer), block, rowwise=rowwise))
 
 
 def _nvfp4(_: Any, tensor: Any) -> Coded | None:
     if tensor._rowwise_data is None or getattr(tensor, "_nvfp4_use_4over6", False):
         return None
-    packed, scales = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv.detach()
-    amax = tensor._amax_rowwise.detach()
+    packed, scales = _matrix(tensor._rowwise_data), tensor._rowwise_scale_inv
+    amax = tensor._amax_rowwise
     return _arranged(tensor, Coded(packed, scales, "e2m1", (1, nvfp4.BLOCK), amax=amax))
 
 
@@ -147,17 +145,22 @@ def _arranged(tensor: Any, coded: Coded) -> Coded:
     if getattr(tensor, "_with_gemm_swizzled_scales", False):
         return coded._replace(swizzle="rowwise" if coded.rowwise else "columnwise")
     rows, columns = coded.shape
-    return coded._replace(scales=coded.scales[: -(-rows // coded.block[0]), : -(-columns // coded.block[1])])
+    used = (-(-rows // coded.block[0]), -(-columns // coded.block[1]))
+    if coded.scales.shape == used:
+        return coded
+    return coded._replace(scales=coded.scales[: used[0], : used[1]])
 
 
 def _matrix(data: Tensor) -> Tensor:
-    data = data.detach().view(torch.uint8)
-    return data.reshape(-1, data.shape[-1])
+    # Every operation takes as long as a few thousand elements do.
+    if data.dtype != torch.uint8:
+        data = data.view(torch.uint8)
+    return data if data.dim() == 2 else data.reshape(-1, data.shape[-1])
 
 
 def _transposed(data: Tensor) -> Tensor:
     """The matrix of data that is stored transposed: the last dimension first."""
-    data = data.detach().view(torch.uint8)
+    data = data.view(torch.uint8)
     return data.reshape(data.shape[0], -1).t()
 
 

@@ -2,11 +2,11 @@
 // and its codes, after a look at a sample of it. Reference: nemo_fp8_recipes/telemetry/elements.py.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "elements.hpp"
 #include "loops.hpp"
-#include "nvfp4.hpp"
 #include "rows.hpp"
 #include "scale_place.hpp"
 
@@ -48,8 +48,14 @@ inline void scales_of(const Coded& coded, int64_t i, int64_t j, int64_t count, f
     if (coded.scale_format == kScalesE8M0) return e8m0_value(code);
     return E4M3::decode(code) * coded.amax[coded.row_scaled ? i : 0] * (1.0f / 2688.0f);
   };
-  int64_t across = j / coded.block_columns;
-  for (int64_t t = 0, end; t < count; t = end, ++across) {
+  int64_t across = j / coded.block_columns, t = 0;
+  const auto fill = [&](auto columns) {  // whole blocks of a number of columns that the compiler knows
+    if (coded.block_columns != columns || j % columns) return;
+    for (; t + columns <= count; t += columns) std::fill_n(scale + t, int64_t(columns), at(across++));
+  };
+  fill(std::integral_constant<int64_t, 16>{});
+  fill(std::integral_constant<int64_t, 32>{});
+  for (int64_t end; t < count; t = end, ++across) {
     end = std::min(count, (across + 1) * coded.block_columns - j);
     std::fill(scale + t, scale + end, at(across));
   }

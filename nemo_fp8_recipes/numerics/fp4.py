@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-__all__ = ["E2M1_MAX", "decode_packed", "encode", "encode_stochastically", "pack", "random_bits"]
+from nemo_fp8_recipes.numerics.philox import random_bytes
+
+__all__ = [
+    "E2M1_MAX",
+    "decode_packed",
+    "encode",
+    "encode_stochastically",
+    "pack",
+    "random_bits",
+    "random_key",
+]
 
 E2M1_MAX = 6.0
 
@@ -59,19 +69,19 @@ def encode_stochastically(scaled: Tensor, generator: torch.Generator | None = No
     return _codes(_saturate(jittered.div_(step).floor_().mul_(step)), scaled)
 
 
-def random_bits(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The random bits that `encode_stochastically` draws for a tensor.
+def random_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """What the random bits of one tensor are made from: int64 (1,), drawn from `generator`."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
 
-    One 64-bit integer for every eight elements in row-major order, the lowest byte for the first of them (on
-    little-endian machines); the last one may be used in part.
+
+def random_bits(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The random bits that `encode_stochastically` draws for a tensor: `philox.random_bytes` under one
+    `random_key`, in row-major order.
 
     Returns:
         uint8 of the tensor's shape.
     """
-    count = like.numel()
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device=like.device)
-    words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.uint8)[:count].view(like.shape)
+    return random_bytes(random_key(like.device, generator), like.numel()).view(like.shape)
 
 
 def decode_packed(packed: Tensor) -> Tensor:

@@ -22,5 +22,14 @@ from __future__ import annotations
 from nemo_fp8_recipes.emulation.kernels.build import SlowKernelsWarning
 from nemo_fp8_recipes.emulation.kernels.compiled import Library, for_codes, for_tensor, library
 from nemo_fp8_recipes.emulation.kernels.native import Quantized
+from nemo_fp8_recipes.emulation.kernels.nvfp4 import Nvfp4Direction
 
-__all__ = ["Library", "Quantized", "SlowKernelsWarning", "for_codes", "for_tensor", "library"]
+__all__ = [
+    "Library",
+    "Nvfp4Direction",
+    "Quantized",
+    "SlowKernelsWarning",
+    "for_codes",
+    "for_tensor",
+    "library",
+]

@@ -22,7 +22,7 @@ from pathlib import Path
 __all__ = ["CannotBuildError", "SlowKernelsWarning", "cache_directory", "find_compiler", "load"]
 
 SOURCE = Path(__file__).parent / "source"
-INTERFACE = 5
+INTERFACE = 6
 """What `nemo_fp8_interface` of the library answers; raised when a function's arguments change."""
 
 # IEEE arithmetic as torch's: fused multiply-add would round once where the reference rounds twice. That no

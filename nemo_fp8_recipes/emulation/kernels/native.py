@@ -20,6 +20,7 @@ __all__ = [
     "FLOAT",
     "INPUTS",
     "INT",
+    "KEY",
     "LONG",
     "MATRIX",
     "NOTHING",
@@ -33,6 +34,7 @@ __all__ = [
 ADDRESS = ctypes.c_void_p
 INT = ctypes.c_int32
 LONG = ctypes.c_int64
+KEY = ctypes.c_uint64
 FLOAT = ctypes.c_float
 MATRIX = (ADDRESS, INT, LONG, LONG)
 """Arguments of an input matrix: address, type, rows, columns."""

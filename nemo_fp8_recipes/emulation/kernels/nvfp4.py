@@ -1,25 +1,40 @@
-"""NVFP4: codes and scales, the transposed and transformed matrices that they are made of, and back."""
+"""NVFP4: codes and scales, along rows and along columns at once, and back."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.kernels.native import (
     ADDRESS,
-    FLOAT,
     INT,
+    KEY,
     LONG,
     MATRIX,
     Native,
-    Quantized,
-    address,
     input_tag,
 )
 
-__all__ = ["Nvfp4Kernels"]
+__all__ = ["Nvfp4Direction", "Nvfp4Kernels"]
+
+
+class Nvfp4Direction(NamedTuple):
+    """What one direction is quantised into and under: contiguous tensors.
+
+    Attributes:
+        codes: uint8.
+        scales: uint8.
+        amax: fp32, one element, or one for every row of what is quantised.
+        key: of the random bits: `numerics.fp4.random_key`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    amax: Tensor
+    key: int = 0
 
 
 class Nvfp4Kernels(Native):
@@ -27,71 +42,73 @@ class Nvfp4Kernels(Native):
 
     def __init__(self, loaded: ctypes.CDLL, team: int | None = None) -> None:
         super().__init__(loaded, team)
-        scales = (ADDRESS, ADDRESS, ADDRESS, LONG)
-        self._nvfp4 = self.bind("nvfp4", None, *MATRIX, ADDRESS, INT, INT, INT, *scales, INT)
-        self._transpose = self.bind("transpose", None, ADDRESS, LONG, LONG, INT, ADDRESS, INT)
-        self._hadamard = self.bind("hadamard_columns", FLOAT, ADDRESS, LONG, LONG, INT, ADDRESS, INT)
+        direction = (ADDRESS, ADDRESS, LONG, ADDRESS, KEY)
+        self._nvfp4 = self.bind("nvfp4", None, *MATRIX, *(INT,) * 6, *direction, *direction, INT)
+        self._amax_with_hadamard = self.bind(
+            "amax_with_hadamard", None, ADDRESS, LONG, LONG, INT, ADDRESS, ADDRESS, INT
+        )
         codes = (ADDRESS, LONG, LONG, INT)
         self._decode_nvfp4 = self.bind("decode_nvfp4", None, *codes, ADDRESS, LONG, ADDRESS, INT)
 
     def nvfp4(
         self,
         x: Tensor,
-        amax: Tensor,
-        out: Quantized,
+        rowwise: Nvfp4Direction | None,
+        columnwise: Nvfp4Direction | None,
         *,
         square: bool,
+        stochastic: bool = False,
+        sign_mask: int | None = None,
         swizzled: bool = False,
-        random: Tensor | None = None,
+        divided: bool = False,
     ) -> None:
-        """NVFP4: `numerics.nvfp4.quantize_1d` and `quantize_2d`.
+        """NVFP4: `numerics.nvfp4.quantize_1d` and `quantize_2d` of x and of the transposed matrix.
 
         Args:
-            x: [M, K], K a multiple of 16.
-            amax: fp32, one element or M.
-            out: where codes, uint8 [M, K / 2], and scales, uint8 [>= M, >= K / 16], go.
+            x: [M, K], K a multiple of 16; with `columnwise` M too.
+            rowwise: where codes, uint8 [M, K / 2], and scales, uint8 [>= M, >= K / 16], go.
+            columnwise: the same of the transposed matrix [K, M].
             square: blocks of 16x16, their scale repeated for each row.
+            stochastic: round so, under each direction's key.
+            sign_mask: columnwise data is that of `numerics.hadamard.random_hadamard_transform` under it, None
+                for no transform; bf16 only, and no squares.
             swizzled: write the scales (padded to 128 x 4) in the GEMM's order.
-            random: uint8 [M, K] for stochastic rounding.
+            divided: as in `numerics`.
         """
         m, k = x.shape
+        given = next(each for each in (rowwise, columnwise) if each is not None)
         self._nvfp4(
             x.data_ptr(),
             input_tag(x),
             m,
             k,
-            amax.data_ptr(),
-            amax.numel() > 1,
             square,
+            stochastic,
+            -1 if sign_mask is None else sign_mask,
+            given.amax.numel() > 1,
             swizzled,
-            address(random),
-            address(out.codes),
-            address(out.scales),
-            out.stride,
+            divided,
+            *_arguments(rowwise),
+            *_arguments(columnwise),
             self.threads(m * k),
         )
 
-    def transpose(self, x: Tensor) -> Tensor:
-        """The transposed matrix [K, M] of x [M, K], contiguous."""
-        m, k = x.shape
-        out = torch.empty(k, m, dtype=x.dtype)
-        self._transpose(x.data_ptr(), m, k, x.itemsize, out.data_ptr(), self.threads(m * k))
-        return out
-
-    def hadamard_columns(self, x: Tensor, sign_mask: int) -> tuple[Tensor, float]:
-        """`numerics.hadamard.random_hadamard_transform` of x transposed, and the amax of that, NaN ignored.
+    def amax_with_hadamard(self, x: Tensor, sign_mask: int) -> tuple[Tensor, Tensor]:
+        """`numerics.amax` of x, and of `numerics.hadamard.random_hadamard_transform` of x transposed.
 
         Args:
-            x: bf16 [M, K], M a multiple of 16.
+            x: bf16 [M, K], multiples of 16.
             sign_mask: as in `numerics`.
 
         Returns:
-            bf16 [K, M] and the amax.
+            fp32 (1,) each.
         """
         m, k = x.shape
-        out = torch.empty(k, m, dtype=x.dtype)
-        largest: float = self._hadamard(x.data_ptr(), m, k, sign_mask, out.data_ptr(), self.threads(m * k))
-        return out, largest
+        plain, transformed = torch.empty(1), torch.empty(1)
+        self._amax_with_hadamard(
+            x.data_ptr(), m, k, sign_mask, plain.data_ptr(), transformed.data_ptr(), self.threads(m * k)
+        )
+        return plain, transformed
 
     def decode_nvfp4(self, packed: Tensor, scales: Tensor, *, swizzled: bool = False) -> Tensor:
         """code * block scale, fp32 [M, K]: `numerics.nvfp4.block_values` of scales for blocks of 1x16.
@@ -114,3 +131,11 @@ class Nvfp4Kernels(Native):
             self.threads(2 * m * half),
         )
         return values
+
+
+def _arguments(direction: Nvfp4Direction | None) -> tuple[int | None, int | None, int, int | None, int]:
+    """A direction as the C interface takes it."""
+    if direction is None:
+        return None, None, 0, None, 0
+    codes, scales, amax, key = direction
+    return codes.data_ptr(), scales.data_ptr(), scales.shape[1], amax.data_ptr(), key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nemo_fp8_recipes.emulation.kernels import Library, Quantized
+from nemo_fp8_recipes.emulation.kernels import Library, Nvfp4Direction, Quantized
 from nemo_fp8_recipes.numerics import E4M3
 from nemo_fp8_recipes.telemetry.coded import Coded
 
@@ -42,14 +42,15 @@ def everything(kernels: Library, x: torch.Tensor) -> list[bytes]:
         columns = Quantized(out(k, m), fp32(across, down) if square else fp32(down, k))
         kernels.blockwise(x, E4M3, rows, columns, square=square, epsilon=0.0, power_of_two=True)
         found += [*rows, *columns, kernels.decode_blockwise(*rows, E4M3, square=square)]
-        packed = Quantized(out(m, k // 2), out(m, k // 16))
-        kernels.nvfp4(x, torch.tensor([2.0]), packed, square=square)
-        found += [*packed, kernels.decode_nvfp4(*packed)]
         amax = torch.from_numpy(np.full(1, 2, np.float32))
+        packed = Quantized(out(m, k // 2), out(m, k // 16))
+        lying = Quantized(out(k, m // 2), out(k, m // 16))
+        directions = Nvfp4Direction(*packed, amax, 2**63), Nvfp4Direction(*lying, amax, 1)
+        kernels.nvfp4(x, *directions, square=square, stochastic=not square)
+        found += [*packed, *lying, kernels.decode_nvfp4(*packed)]
         found.append(kernels.measure(x, Coded(*packed, "e2m1", (1, 16), amax=amax)))
     rows = Quantized(out(m, k), out(m, k // 32))
     kernels.mxfp8(x, E4M3, rows, None, square=False, swizzled=False)
     half = torch.from_numpy(np.ascontiguousarray(x.view(torch.int32).numpy() >> 16).astype(np.int16))
-    transformed, largest = kernels.hadamard_columns(half.view(torch.bfloat16), 0b1010)
-    found += [transformed.view(torch.int16), torch.tensor(largest), kernels.transpose(half)]
+    found += kernels.amax_with_hadamard(half.view(torch.bfloat16), 0b1010)
     return [tensor.numpy().tobytes() for tensor in (*found, *rows)]

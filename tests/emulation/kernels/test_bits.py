@@ -15,10 +15,7 @@ from nemo_fp8_recipes.numerics import (
     E5M2,
     Fp8Format,
     blockwise,
-    fp4,
-    hadamard,
     mxfp8,
-    nvfp4,
     tensorwise,
 )
 from tests.numerics.inputs import DTYPES, amaxes, mixed
@@ -172,87 +169,6 @@ def test_per_tensor(kernels: Library, x: torch.Tensor, fmt: Fp8Format, scale: fl
     assert transposed is None or same(transposed, expected.t())
     assert largest == kernels.amax(x) == numerics.amax(x).item()
     assert same(kernels.decode(codes, fmt), numerics.decode(expected, fmt))
-
-
-@FEW
-@given(
-    x=matrices(multiple_of=16),
-    square=st.booleans(),
-    stochastic=st.booleans(),
-    largest=st.sampled_from(["own", "rows", 0.0, 1.0, 1e-38, 3e38, float("inf"), float("nan")]),
-)
-def test_nvfp4(
-    kernels: Library, x: torch.Tensor, square: bool, stochastic: bool, largest: str | float
-) -> None:
-    m, k = x.shape
-    if largest == "rows" and not square:
-        amax = numerics.amax(x, dim=1)
-    else:
-        amax = torch.tensor([largest]) if isinstance(largest, float) else numerics.amax(x).reshape(1)
-    out = Quantized(codes_of(m, k // 2), codes_of(m + 2, k // 16 + 1))
-    generator = torch.Generator().manual_seed(1)
-    random = fp4.random_bits(x, generator) if stochastic else None
-    kernels.nvfp4(x, amax, out, square=square, random=random)
-    quantize = nvfp4.quantize_2d if square else nvfp4.quantize_1d
-    packed, scales = quantize(x, amax, stochastic=stochastic, generator=torch.Generator().manual_seed(1))
-    if square:
-        scales = scales.repeat_interleave(16, dim=0)
-    assert same(out.codes, packed)
-    assert same(out.scales[:m, : k // 16], scales)
-    kept = out.scales[:m, : k // 16]
-    assert same(kernels.decode_nvfp4(out.codes, kept), nvfp4.block_values(packed, scales))
-
-
-@pytest.mark.parametrize("square", [False, True])
-@pytest.mark.parametrize(("m", "k"), [(16, 16), (128, 64), (144, 208)])
-def test_nvfp4_scales_in_the_gemms_order(kernels: Library, m: int, k: int, square: bool) -> None:
-    from nemo_fp8_recipes.emulation.binding.mxfp8 import swizzle
-    from nemo_fp8_recipes.emulation.binding.nvfp4 import scale_shape
-
-    x = mixed((m, k), torch.bfloat16)
-    natural, swizzled = (
-        Quantized(codes_of(m, k // 2), torch.zeros(scale_shape(m, k), dtype=torch.uint8)) for _ in range(2)
-    )
-    for out, order in ((natural, False), (swizzled, True)):
-        kernels.nvfp4(x, torch.tensor([3.0]), out, square=square, swizzled=order)
-    assert same(swizzled.codes, natural.codes)
-    assert same(swizzled.scales, swizzle(natural.scales, columnwise=False))
-    back = kernels.decode_nvfp4(*swizzled, swizzled=True)
-    assert same(back, kernels.decode_nvfp4(*natural))
-
-
-@FEW
-@given(x=matrices(multiple_of=16), sign_mask=st.integers(0, 2**16 - 1))
-def test_hadamard_transform_of_columns(kernels: Library, x: torch.Tensor, sign_mask: int) -> None:
-    x = x.bfloat16()
-    found, largest = kernels.hadamard_columns(x, sign_mask)
-    expected = hadamard.random_hadamard_transform(x.t().contiguous(), sign_mask)
-    assert same(found.float(), expected.float())
-    assert largest == numerics.amax(expected).item()
-
-
-@FEW
-@given(x=matrices())
-def test_transpose(kernels: Library, x: torch.Tensor) -> None:
-    assert same(kernels.transpose(x).float(), x.t().contiguous().float())
-
-
-def test_every_value_under_every_random_byte(kernels: Library) -> None:
-    """Stochastic rounding between all neighbours of E2M1, at the ends of its regions and beyond them."""
-    values = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.75, 1.999, 2.0, 2.5, 3.5, 3.99, 4.0, 5.0, 5.99, 6.0])
-    nan, infinite = torch.tensor([float("nan")]), torch.tensor([float("inf"), -float("inf")] * 8)
-    row = torch.cat([values, nan, -values, nan, infinite])
-    x = row.repeat(256, 1)
-    random = torch.arange(256).to(torch.uint8).repeat_interleave(48).view(256, 48)
-    # The multiplier of blocks with an amax of 6 is 1 under this one of the tensor.
-    amax = torch.tensor([448.0 * 6.0])
-    out = Quantized(codes_of(256, 24), codes_of(256, 3))
-    kernels.nvfp4(x, amax, out, square=False, random=random)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp4, "random_bits", lambda like, generator: random)
-        packed, scales = nvfp4.quantize_1d(x, amax, stochastic=True)
-    assert same(out.codes, packed)
-    assert same(out.scales, scales)
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define NEMO_FP8_INLINE __attribute__((always_inline)) inline
+
 namespace fp8 {
 
 template <class To, class From>
@@ -54,7 +56,7 @@ struct Input {
     return buffer;
   }
 
-  inline void copy(int64_t offset, int64_t count, float* __restrict buffer) const {
+  NEMO_FP8_INLINE void copy(int64_t offset, int64_t count, float* __restrict buffer) const {
     if (type == kFloat32) {
       std::memcpy(buffer, static_cast<const float*>(data) + offset, size_t(count) * sizeof(float));
       return;

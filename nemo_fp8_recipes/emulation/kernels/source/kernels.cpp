@@ -1,8 +1,8 @@
 // The C interface of the kernels: plain pointers and numbers, called through ctypes. Matrices are contiguous
 // and row-major; a null pointer means that the output is not asked for.
 #include "blocks.hpp"
-#include "columns.hpp"
 #include "elements.hpp"
+#include "hadamard.hpp"
 #include "loops.hpp"
 #include "measure.hpp"
 #include "nvfp4.hpp"
@@ -31,7 +31,7 @@ ScalePlace mxfp8_place(bool columnwise, bool swizzled, int64_t stride, int64_t p
 
 extern "C" {
 
-KERNEL int32_t nemo_fp8_interface() { return 5; }
+KERNEL int32_t nemo_fp8_interface() { return 6; }
 
 // Run on the threads of the OpenMP runtime whose `GOMP_parallel` this is; null: on new threads.
 KERNEL void nemo_fp8_use_team(void* parallel) { use_team(reinterpret_cast<Team>(parallel)); }
@@ -85,25 +85,24 @@ KERNEL void nemo_fp8_blockwise(const void* x, int32_t input, int64_t m, int64_t 
   });
 }
 
-KERNEL void nemo_fp8_nvfp4(const void* x, int32_t input, int64_t m, int64_t k, const float* amax,
-                           int32_t row_scaled, int32_t square, int32_t swizzled, const uint8_t* random,
-                           uint8_t* packed, uint8_t* scales, int64_t scale_stride, int32_t threads) {
-  quantize_nvfp4({x, input}, m, k, amax, row_scaled != 0, square != 0, random, packed, scales,
-                 row_place(swizzled != 0, scale_stride), threads);
+// Columnwise data is that of the transposed matrix [k, m]. `each`: one amax for every row of what is quantised.
+// `signs` below zero: no Hadamard transform.
+KERNEL void nemo_fp8_nvfp4(const void* x, int32_t input, int64_t m, int64_t k, int32_t square, int32_t stochastic,
+                           int32_t signs, int32_t each, int32_t swizzled, int32_t divided, uint8_t* row_packed,
+                           uint8_t* row_scales, int64_t row_scale_stride, const float* row_amax, uint64_t row_key,
+                           uint8_t* column_packed, uint8_t* column_scales, int64_t column_scale_stride,
+                           const float* column_amax, uint64_t column_key, int32_t threads) {
+  const Nvfp4Options options{square != 0, stochastic != 0, signs >= 0, signs, divided != 0};
+  quantize_nvfp4(
+      {x, input}, m, k, options,
+      {row_packed, row_scales, row_place(swizzled != 0, row_scale_stride), row_amax, each != 0, row_key},
+      {column_packed, column_scales, row_place(swizzled != 0, column_scale_stride), column_amax, each != 0, column_key},
+      threads);
 }
 
-// The transposed matrix [k, m] of x [m, k], elements of two or four bytes.
-KERNEL void nemo_fp8_transpose(const void* x, int64_t m, int64_t k, int32_t bytes, void* out, int32_t threads) {
-  if (bytes == 2) {
-    transpose_words(static_cast<const uint16_t*>(x), m, k, static_cast<uint16_t*>(out), threads);
-  } else {
-    transpose_words(static_cast<const uint32_t*>(x), m, k, static_cast<uint32_t*>(out), threads);
-  }
-}
-
-KERNEL float nemo_fp8_hadamard_columns(const void* x, int64_t m, int64_t k, int32_t signs, void* out,
-                                       int32_t threads) {
-  return hadamard_columns(static_cast<const uint16_t*>(x), m, k, signs, static_cast<uint16_t*>(out), threads);
+KERNEL void nemo_fp8_amax_with_hadamard(const void* x, int64_t m, int64_t k, int32_t signs, float* plain,
+                                        float* transformed, int32_t threads) {
+  amax_with_hadamard(static_cast<const uint16_t*>(x), m, k, signs, plain, transformed, threads);
 }
 
 KERNEL void nemo_fp8_decode(const uint8_t* codes, int64_t count, int32_t format, float* out, int32_t threads) {

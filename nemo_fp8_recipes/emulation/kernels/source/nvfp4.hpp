@@ -1,9 +1,12 @@
-// NVFP4: E2M1 codes in pairs, an E4M3 scale for 16 of them. Reference: numerics/nvfp4.py, fp4.py.
+// NVFP4: E2M1 codes in pairs, an E4M3 scale for 16 of them, along rows and along columns. A tile of 16 rows is read
+// once for both directions; columnwise data, which is that of the transposed matrix, never needs the transposed
+// values. Reference: numerics/nvfp4.py.
 #pragma once
 
-#include "elements.hpp"
+#include "hadamard.hpp"
 #include "loops.hpp"
-#include "rows.hpp"
+#include "nvfp4_codes.hpp"
+#include "philox.hpp"
 #include "scale_place.hpp"
 
 namespace fp8 {
@@ -17,134 +20,215 @@ inline float nvfp4_global_scale(float amax) {
   return amax == 0.0f || scale == 0.0f ? 1.0f : scale;
 }
 
-// E4M3 scales of `count` blocks and what their values are multiplied with.
-inline void nvfp4_scales(float encode_scale, const int32_t* __restrict amax, int64_t count,
-                         float* __restrict multiplier, uint8_t* __restrict kept) {
-  const float factor = encode_scale * kSixth, decode_factor = 1.0f / encode_scale;
-  for (int64_t b = 0; b < count; ++b) {
-    const int32_t code = E4M3::encode(as_float(amax[b]) * factor);
-    kept[b] = uint8_t(code);
-    const float inverse = 1.0f / (E4M3::decode(uint8_t(code)) * decode_factor);
-    multiplier[b] = inverse > kFloatMax ? kFloatMax : inverse;
+// E4M3 scales of eight blocks and what their values are multiplied with. `divided`: as Transformer Engine found
+// them up to 2.13.
+inline Ints nvfp4_scales(Floats encode_scale, Floats amax, bool divided, Floats& multiplier) {
+  const Ints code = encode<E4M3>(divided ? amax / 6.0f * encode_scale : amax * (encode_scale * kSixth));
+  const Floats inverse = 1.0f / (decode_e4m3(code) * (1.0f / encode_scale));
+  multiplier = inverse > kFloatMax ? Floats{} + kFloatMax : inverse;
+  return code;
+}
+
+// What is made of one direction; packed null: not asked for. `amax` has one element, or with `each` one for every
+// row of what is quantised. `key` is that of the random bits.
+struct Nvfp4Direction {
+  uint8_t* packed;
+  uint8_t* scales;
+  ScalePlace place;
+  const float* amax;
+  bool each;
+  uint64_t key;
+};
+
+struct Nvfp4Options {
+  bool square;      // blocks of 16x16
+  bool stochastic;  // rounding
+  bool transform;   // columns by the random Hadamard transform
+  int32_t signs;    // of that
+  bool divided;     // scales as in `nvfp4_scales`
+};
+
+// Sixteen rows of a matrix [m, k], 64 columns at a time.
+struct Nvfp4Tiles {
+  static constexpr int kBlock = 16, kWidth = 64, kBlocks = kWidth / kBlock;
+  static constexpr int kStrip = 64;  // rows whose columnwise codes are written one after the other
+
+  Input x;
+  int64_t m, k;
+  Nvfp4Options options;
+  Nvfp4Direction rowwise, columnwise;
+  bool same_codes;  // in both directions: squares under one amax, unless chance decides
+
+  alignas(64) float tile[kBlock][kWidth];
+  alignas(64) int32_t largest[kWidth];
+  alignas(64) int32_t row_largest[kBlock][kBlocks];
+  alignas(64) float row_scale[kWidth];  // global scale of each block of a tile
+  alignas(64) float column_scale[kWidth];
+  alignas(64) float multiplier[kWidth];
+  alignas(64) uint8_t kept[kWidth];
+  alignas(64) uint8_t codes[kBlock][kWidth];
+  alignas(64) uint8_t packed[kBlock / 2][kWidth];
+  alignas(64) uint8_t random[kBlock][kWidth];
+
+  Nvfp4Tiles(Input x, int64_t m, int64_t k, const Nvfp4Options& options, const Nvfp4Direction& rowwise,
+             const Nvfp4Direction& columnwise)
+      : x(x), m(m), k(k), options(options), rowwise(rowwise), columnwise(columnwise) {
+    const auto scale = [](const Nvfp4Direction& out) { return out.packed ? nvfp4_global_scale(out.amax[0]) : 1.0f; };
+    std::fill(row_scale, row_scale + kWidth, scale(rowwise));
+    std::fill(column_scale, column_scale + kWidth, scale(columnwise));
+    same_codes = options.square && !options.stochastic && rowwise.packed && row_scale[0] == column_scale[0];
   }
-}
 
-inline float e2m1_step(float magnitude) {
-  return magnitude >= 4.0f ? 2.0f : magnitude >= 2.0f ? 1.0f : 0.5f;
-}
-
-// Rounds away from zero with a chance of the distance to the lower neighbour, from eight random bits.
-inline int32_t encode_stochastically(float value, uint8_t random) {
-  const int32_t bits = as_bits(value);
-  const int32_t magnitude_of = bits & kMagnitude;
-  const float magnitude = as_float(magnitude_of);
-  const float jittered = float(random) * (1.0f / 256.0f) * e2m1_step(magnitude) + magnitude;
-  const float step = e2m1_step(jittered);
-  // The grid's number below; everything from 6 on, infinity too, is 6.
-  const float saturated = jittered < 6.0f ? jittered : 6.0f;
-  const float rounded = float(int32_t(saturated / step)) * step;
-  const int32_t code = E2M1::encode(rounded < 6.0f ? rounded : 6.0f);
-  const int32_t sign = int32_t(uint32_t(bits) >> 28) & 8;
-  return magnitude_of > kInfinity ? 7 : code | sign;
-}
-
-#ifdef NEMO_FP8_AVX2
-
-// `encode_stochastically` of eight values, a code in each 32-bit lane. The step between neighbours is half of the
-// magnitude's binade, which counts from 1 to 4; all products with powers of two are exact.
-NEMO_FP8_INLINE __m256i encode_stochastically(__m256 value, __m256i random) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i full = _mm256_and_si256(bits, _mm256_set1_epi32(kMagnitude));
-  const __m256i one = _mm256_set1_epi32(power_bits(0)), exponent = _mm256_set1_epi32(kInfinity);
-  const __m256i within = _mm256_min_epi32(_mm256_max_epi32(full, one), _mm256_set1_epi32(power_bits(2)));
-  const __m256 binade = _mm256_castsi256_ps(_mm256_and_si256(within, exponent));
-  const __m256 share = _mm256_mul_ps(_mm256_cvtepi32_ps(random), _mm256_set1_ps(1.0f / 512.0f));
-  const __m256 jittered = _mm256_add_ps(_mm256_mul_ps(share, binade), _mm256_castsi256_ps(full));
-  const __m256 saturated = _mm256_min_ps(jittered, _mm256_set1_ps(6.0f));
-  const __m256i reached =
-      _mm256_and_si256(_mm256_max_epi32(_mm256_castps_si256(saturated), one), exponent);  // 1, 2 or 4
-  const __m256 steps = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(kInfinity), reached));
-  const __m256i whole = _mm256_cvttps_epi32(_mm256_mul_ps(saturated, steps));
-  const __m256i code = _mm256_add_epi32(whole, _mm256_srli_epi32(_mm256_sub_epi32(reached, one), 22));
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 28), _mm256_set1_epi32(8));
-  const __m256i is_nan = _mm256_cmpgt_epi32(full, exponent);
-  return _mm256_blendv_epi8(_mm256_or_si256(code, sign), _mm256_set1_epi32(7), is_nan);
-}
-
-#endif
-
-// Codes of `count` values (a multiple of 16) scaled by their block's multiplier, a byte each.
-inline void encode_fp4(const float* __restrict x, const float* __restrict multiplier,
-                       const uint8_t* __restrict random, int64_t count, uint8_t* __restrict codes) {
-  if (!random) {
-    encode_blocks<E2M1, 16>(x, count, multiplier, codes);
-    return;
-  }
-  int64_t i = 0;
-#ifdef NEMO_FP8_AVX2
-  const auto lanes = [&](int64_t at) {
-    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x + at), _mm256_set1_ps(multiplier[at / 16]));
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(random + at));
-    return encode_stochastically(value, _mm256_cvtepu8_epi32(bytes));
-  };
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (; i + 32 <= count; i += 32) {
-    const __m256i low = _mm256_packus_epi32(lanes(i), lanes(i + 8));
-    const __m256i high = _mm256_packus_epi32(lanes(i + 16), lanes(i + 24));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
-                        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
-  }
-#endif
-  for (; i < count; ++i) codes[i] = uint8_t(encode_stochastically(x[i] * multiplier[i / 16], random[i]));
-}
-
-// Two codes a byte, the first in the low half.
-inline void pack_pairs(const uint8_t* __restrict codes, int64_t count, uint8_t* __restrict packed) {
-  int64_t i = 0;
-#ifdef NEMO_FP8_AVX2
-  for (; i + 32 <= count; i += 32) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-    const __m256i sums = _mm256_maddubs_epi16(both, _mm256_set1_epi16(0x1001));
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(sums, sums), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm256_castsi256_si128(bytes));
-  }
-#endif
-  for (; i < count; i += 2) packed[i / 2] = uint8_t(codes[i] | codes[i + 1] << 4);
-}
-
-// A direction of a matrix [m, k]: blocks of 1x16, or with `square` of 16x16. `amax` has one element, or m with
-// `row_scaled`. `random` holds a byte an element for stochastic rounding, or is null. Scales are kept for
-// every row.
-inline void quantize_nvfp4(Input x, int64_t m, int64_t k, const float* amax, bool row_scaled, bool square,
-                           const uint8_t* random, uint8_t* packed, uint8_t* scales, const ScalePlace& place,
-                           int32_t threads) {
-  constexpr int64_t kBlock = 16;
-  const int64_t blocks = k / kBlock;
-  parallel((m + kBlock - 1) / kBlock, threads, [&](int64_t first, int64_t last) {
-    std::vector<float> buffer(static_cast<size_t>(k)), multiplier(static_cast<size_t>(blocks));
-    std::vector<uint8_t> codes(static_cast<size_t>(k)), kept(static_cast<size_t>(blocks));
-    std::vector<int32_t> largest(static_cast<size_t>(blocks)), of_row(largest);
-    for (int64_t strip = first; strip < last; ++strip) {
-      const int64_t begin = strip * kBlock, end = std::min(begin + kBlock, m);
-      if (square) {
-        std::fill(largest.begin(), largest.end(), 0);
-        for (int64_t i = begin; i < end; ++i) {
-          block_maxima<kBlock>(x.read(i * k, k, buffer.data()), blocks, of_row.data());
-          for (size_t b = 0; b < largest.size(); ++b) largest[b] = std::max(largest[b], of_row[b]);
-        }
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        const float* values = x.read(i * k, k, buffer.data());
-        if (!square) block_maxima<kBlock>(values, blocks, largest.data());
-        if (!square || i == begin) {
-          const float encode_scale = nvfp4_global_scale(amax[row_scaled ? i : 0]);
-          nvfp4_scales(encode_scale, largest.data(), blocks, multiplier.data(), kept.data());
-        }
-        for (int64_t b = 0; b < blocks; ++b) scales[place.at(i, b)] = kept[static_cast<size_t>(b)];
-        encode_fp4(values, multiplier.data(), random ? random + i * k : nullptr, k, codes.data());
-        pack_pairs(codes.data(), k, packed + i * k / 2);
+  void strip(int64_t number) {
+    const int64_t begin = number * kStrip, end = std::min(begin + kStrip, m);
+    for (int64_t j0 = 0; j0 < k; j0 += kWidth) {
+      const int64_t columns = std::min<int64_t>(kWidth, k - j0);
+      for (int64_t i0 = begin; i0 < end; i0 += kBlock) {
+        const int64_t rows = std::min<int64_t>(kBlock, end - i0);
+        bring(i0, rows, j0, columns);
+        observe_rows();
+        if (rowwise.packed) encode_rows(i0, rows, j0, columns);
+        if (columnwise.packed) encode_columns(i0, j0, columns);
       }
     }
+  }
+
+  void bring(int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (columns == kWidth) {
+        x.copy((i0 + i) * k + j0, kWidth, tile[i]);
+      } else {
+        x.copy((i0 + i) * k + j0, columns, tile[i]);
+        std::fill(tile[i] + columns, tile[i] + kWidth, 0.0f);
+      }
+    }
+    for (int64_t i = rows; i < kBlock; ++i) std::fill(tile[i], tile[i] + kWidth, 0.0f);
+  }
+
+  void observe_rows() {
+    if (!rowwise.packed && !options.square) return;
+    block_maxima<kBlock>(tile[0], kBlock * kBlocks, row_largest[0]);
+    if (!options.square) return;
+    for (int b = 0; b < kBlocks; ++b) {
+      int32_t most = 0;
+      for (int i = 0; i < kBlock; ++i) most = std::max(most, row_largest[i][b]);
+      for (int i = 0; i < kBlock; ++i) row_largest[i][b] = most;
+    }
+  }
+
+  void find_scales(const float* encode_scale, const int32_t* amax) {
+    for (int b = 0; b < kWidth; b += kLanes) {
+      Floats factor;
+      const Floats scale = load_lanes<Floats>(encode_scale + b);
+      const Ints code = nvfp4_scales(scale, load_lanes<Floats>(amax + b), options.divided, factor);
+      store_lanes(factor, multiplier + b);
+      for (int lane = 0; lane < kLanes; ++lane) kept[b + lane] = uint8_t(code[lane]);
+    }
+  }
+
+  void encode_rows(int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+    const Nvfp4Direction& out = rowwise;
+    if (out.each) {
+      for (int64_t i = 0; i < kWidth; ++i) row_scale[i] = nvfp4_global_scale(out.amax[std::min(i0 + i / kBlocks, m - 1)]);
+    }
+    find_scales(row_scale, row_largest[0]);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t b = 0; b * kBlock < columns; ++b) {
+        out.scales[out.place.at(i0 + i, j0 / kBlock + b)] = kept[i * kBlocks + b];
+      }
+    }
+    if (options.stochastic) draw_for_rows(i0, j0);
+    for (int64_t i = 0; i < rows; ++i) {
+      encode_fp4<kBlock>(tile[i], multiplier + i * kBlocks, options.stochastic ? random[i] : nullptr, kWidth, codes[i]);
+      if (columns == kWidth) {
+        pack_pairs(codes[i], kWidth, out.packed + ((i0 + i) * k + j0) / 2);
+      } else {
+        pack_pairs(codes[i], columns, out.packed + ((i0 + i) * k + j0) / 2);
+      }
+    }
+  }
+
+  void encode_columns(int64_t i0, int64_t j0, int64_t columns) {
+    const Nvfp4Direction& out = columnwise;
+    if (!same_codes) {
+      observe_columns();
+      if (out.each) {
+        for (int64_t j = 0; j < kWidth; ++j) column_scale[j] = nvfp4_global_scale(out.amax[std::min(j0 + j, k - 1)]);
+      }
+      find_scales(column_scale, largest);
+      if (options.stochastic) draw_for_columns(i0, j0);
+      for (int i = 0; i < kBlock; ++i) {
+        encode_fp4<1>(tile[i], multiplier, options.stochastic ? random[i] : nullptr, kWidth, codes[i]);
+      }
+      for (int64_t j = 0; j < columns; ++j) out.scales[out.place.at(j0 + j, i0 / kBlock)] = kept[j];
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        out.scales[out.place.at(j0 + j, i0 / kBlock)] = kept[j / kBlock];
+      }
+    }
+    for (int pair = 0; pair < kBlock / 2; ++pair) {
+      for (int j = 0; j < kWidth; ++j) packed[pair][j] = uint8_t(codes[2 * pair][j] | codes[2 * pair + 1][j] << 4);
+    }
+    transpose(packed[0], kWidth, kBlock / 2, columns, out.packed + (j0 * m + i0) / 2, m / 2);
+  }
+
+  void observe_columns() {
+    if (options.square) {
+      for (int j = 0; j < kWidth; ++j) largest[j] = row_largest[0][j / kBlock];
+      return;
+    }
+    for (int j = 0; j < kWidth; j += kLanes) {
+      Ints seen{};
+      if (options.transform) {
+        Floats row[kBlock];
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; ++i) row[i] = load_lanes<Floats>(&tile[i][j]);
+        hadamard(row, options.signs);
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; ++i) store_lanes(round_to_bfloat16(row[i]), &tile[i][j]);
+      }
+      for (int i = 0; i < kBlock; ++i) seen = larger(magnitude_bits(load_lanes<Floats>(&tile[i][j])), seen);
+      store_lanes(seen, &largest[j]);
+    }
+  }
+
+  // Sixteen bytes of a block come from one counter: the block's number in the direction's own order.
+  void draw_for_rows(int64_t i0, int64_t j0) {
+    constexpr int kRows = kCounters / kBlocks;
+    for (int i = 0; i < kBlock; i += kRows) {
+      uint64_t counter[kCounters];
+      for (int c = 0; c < kCounters; ++c) {
+        counter[c] = (uint64_t(i0 + i + c / kBlocks) * uint64_t(k) + uint64_t(j0)) / kBlock + uint64_t(c % kBlocks);
+      }
+      uint32_t word[4][kCounters];
+      philox(counter, rowwise.key, word);
+      for (int c = 0; c < kCounters; ++c) {
+        const uint32_t bytes[4] = {word[0][c], word[1][c], word[2][c], word[3][c]};
+        std::memcpy(&random[i + c / kBlocks][c % kBlocks * kBlock], bytes, kBlock);
+      }
+    }
+  }
+
+  void draw_for_columns(int64_t i0, int64_t j0) {
+    for (int j = 0; j < kWidth; j += kCounters) {
+      uint64_t counter[kCounters];
+      for (int c = 0; c < kCounters; ++c) counter[c] = (uint64_t(j0 + j + c) * uint64_t(m) + uint64_t(i0)) / kBlock;
+      uint32_t word[4][kCounters];
+      philox(counter, columnwise.key, word);
+      for (int i = 0; i < kBlock; ++i) {
+        for (int c = 0; c < kCounters; ++c) random[i][j + c] = uint8_t(word[i / 4][c] >> (8 * (i % 4)));
+      }
+    }
+  }
+};
+
+// Both directions of x [m, k], multiples of 16 (m any number where columns are not asked for).
+inline void quantize_nvfp4(Input x, int64_t m, int64_t k, const Nvfp4Options& options, const Nvfp4Direction& rowwise,
+                           const Nvfp4Direction& columnwise, int32_t threads) {
+  constexpr int64_t kStrip = Nvfp4Tiles::kStrip;
+  parallel((m + kStrip - 1) / kStrip, threads, [&](int64_t first, int64_t last) {
+    Nvfp4Tiles tiles(x, m, k, options, rowwise, columnwise);
+    for (int64_t number = first; number < last; ++number) tiles.strip(number);
   });
 }
 
@@ -164,8 +248,16 @@ inline void decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, const uint
     };
 #endif
     for (int64_t i = first; i < last; ++i) {
+      alignas(32) float scale_of[kLanes];
       for (int64_t b = 0; b < k / 16; ++b) {
-        const float scale = E4M3::decode(scales[place.at(i, b)]);
+        if (b % kLanes == 0) {
+          Ints code{};
+          for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, k / 16 - b); ++lane) {
+            code[lane] = scales[place.at(i, b + lane)];
+          }
+          store_lanes(decode_e4m3(code), scale_of);
+        }
+        const float scale = scale_of[b % kLanes];
         const uint8_t* pair = packed + (i * k + b * 16) / 2;
         float* value = out + i * k + b * 16;
 #ifdef NEMO_FP8_AVX2

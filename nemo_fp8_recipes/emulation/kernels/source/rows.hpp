@@ -9,8 +9,6 @@
 #include <immintrin.h>
 #endif
 
-#define NEMO_FP8_INLINE __attribute__((always_inline)) inline
-
 namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2

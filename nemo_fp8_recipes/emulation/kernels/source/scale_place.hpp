@@ -1,7 +1,7 @@
 // Where the scales of blocks are stored.
 #pragma once
 
-#include <cstdint>
+#include "elements.hpp"
 
 namespace fp8 {
 
@@ -11,7 +11,7 @@ struct ScalePlace {
   int64_t row_stride, block_stride;
   int64_t tiles;  // tiles of 4 blocks in a row of tiles; 0: natural order
 
-  int64_t at(int64_t row, int64_t block) const {
+  NEMO_FP8_INLINE int64_t at(int64_t row, int64_t block) const {
     if (!tiles) return row * row_stride + block * block_stride;
     return ((row / 128) * tiles + block / 4) * 512 + (row % 32) * 16 + (row % 128) / 32 * 4 + block % 4;
   }

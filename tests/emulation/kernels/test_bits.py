@@ -87,6 +87,41 @@ def test_mxfp8_in_squares(kernels: Library, x: torch.Tensor, fmt: Fp8Format) -> 
     assert same(columns.scales, scales.repeat_interleave(32, dim=1))
 
 
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mxfp8_of_values_in_every_binade(
+    kernels: Library, dtype: torch.dtype, fmt: Fp8Format, square: bool
+) -> None:
+    """Ordinary blocks, blocks of zeros, of subnormal numbers, with infinity and NaN: by themselves, side
+    by side, and with values that become subnormal, or nothing, under their block's scale.
+    """
+    generator = torch.Generator().manual_seed(3)
+    blocks = []
+    for exponent in (*range(-150, 128, 9), -126, -118, -110, -95, 0, 127):
+        spread = torch.randint(-24, 1, (32, 32), generator=generator)
+        block = torch.randn(32, 32, generator=generator) * 2.0**spread
+        blocks.append(block.mul(2.0 ** (exponent / 2)).mul(2.0 ** (exponent / 2)).to(dtype))
+    ordinary = torch.randn(32, 32, generator=generator).to(dtype)
+    special = [ordinary.clone() for _ in range(4)]
+    special[0][5, 7], special[1][9, 3], special[2][0] = float("inf"), float("nan"), 0.0
+    special[3][:] = 0.0
+    blocks += [*special, *([ordinary] * 13)]
+    x = torch.cat([torch.cat(blocks[i:] + blocks[:i], dim=1) for i in range(3)])
+    m, k = x.shape
+    rows = Quantized(codes_of(m, k), codes_of(m, k // 32))
+    columns = Quantized(codes_of(m, k), codes_of(m // 32, k))
+    kernels.mxfp8(x, fmt, rows, columns, square=square, swizzled=False)
+    if square:
+        codes, scales = mxfp8.quantize_2d(x, fmt)
+        expected = (codes, scales.repeat_interleave(32, dim=0)), (codes, scales.repeat_interleave(32, dim=1))
+    else:
+        expected = mxfp8.quantize_rowwise(x, fmt), mxfp8.quantize_columnwise(x, fmt)
+    for found, (codes, scales) in zip((rows, columns), expected, strict=True):
+        assert same(found.codes, codes)
+        assert same(found.scales, scales)
+
+
 @pytest.mark.parametrize(("m", "k"), [(32, 32), (128, 128), (160, 416)])
 def test_mxfp8_scales_in_the_gemms_order(kernels: Library, m: int, k: int) -> None:
     from nemo_fp8_recipes.emulation.binding.mxfp8 import columnwise_scale_shape, rowwise_scale_shape, swizzle

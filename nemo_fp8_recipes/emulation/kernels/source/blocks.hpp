@@ -125,18 +125,25 @@ struct Tiles {
   alignas(64) Kept column_kept[Width];
   alignas(64) uint8_t codes[Block][Width];
 
+  void set(Input of, int64_t rows, int64_t columns, bool in_squares, const Rule& by, const Direction<Kept>& along,
+           const Direction<Kept>& down) {
+    x = of, m = rows, k = columns, square = in_squares, rule = by, rowwise = along, columnwise = down;
+  }
+
   // Row block `number` of the matrix, all columns.
   void strip(int64_t number) {
+    for (int64_t j0 = 0; j0 < k; j0 += Width) tile_at(number, j0);
+  }
+
+  void tile_at(int64_t number, int64_t j0) {
     const int64_t i0 = number * Block, rows = std::min<int64_t>(Block, m - i0);
-    for (int64_t j0 = 0; j0 < k; j0 += Width) {
-      const int64_t columns = std::min<int64_t>(Width, k - j0);
-      bring(i0, rows, j0, columns);
-      if (square) {
-        encode_square(number, i0, rows, j0, columns);
-      } else {
-        if (rowwise.codes) encode_rows(i0, rows, j0, columns);
-        if (columnwise.codes) encode_columns(number, i0, rows, j0, columns);
-      }
+    const int64_t columns = std::min<int64_t>(Width, k - j0);
+    bring(i0, rows, j0, columns);
+    if (square) {
+      encode_square(number, i0, rows, j0, columns);
+    } else {
+      if (rowwise.codes) encode_rows(i0, rows, j0, columns);
+      if (columnwise.codes) encode_columns(number, i0, rows, j0, columns);
     }
   }
 
@@ -228,8 +235,7 @@ void quantize_blocks(Input x, int64_t m, int64_t k, bool square, const Rule& rul
   }
   parallel((m + Block - 1) / Block, threads, [&](int64_t first, int64_t last) {
     Tiles<Block, Width, TransposeColumns, Out, Rule> tiles;
-    tiles.x = x, tiles.m = m, tiles.k = k, tiles.square = square, tiles.rule = rule;
-    tiles.rowwise = rowwise, tiles.columnwise = columnwise;
+    tiles.set(x, m, k, square, rule, rowwise, columnwise);
     for (int64_t number = first; number < last; ++number) tiles.strip(number);
   });
 }

@@ -5,6 +5,7 @@
 #include "hadamard.hpp"
 #include "loops.hpp"
 #include "measure.hpp"
+#include "mxfp8.hpp"
 #include "nvfp4.hpp"
 #include "per_tensor.hpp"
 #include "rows.hpp"
@@ -58,8 +59,8 @@ KERNEL void nemo_fp8_mxfp8(const void* x, int32_t input, int64_t m, int64_t k, i
                            int32_t threads) {
   with_format(format, [&](auto out) {
     using Out = decltype(out);
-    quantize_blocks<32, 256, false, Out>(
-        {x, input}, m, k, square != 0, PowerOfTwoUp<Out>{reciprocal_of_max},
+    quantize_mxfp8<Out>(
+        {x, input}, m, k, square != 0, reciprocal_of_max,
         {row_codes, row_scales, mxfp8_place(false, swizzled != 0, row_scale_stride, row_scale_stride)},
         {column_codes, column_scales, mxfp8_place(true, swizzled != 0, column_scale_stride, column_scale_rows)},
         threads);

@@ -8,6 +8,7 @@ namespace fp8 {
 constexpr int kLanes = 8;
 using Floats = float __attribute__((vector_size(32)));
 using Ints = int32_t __attribute__((vector_size(32)));
+using Bytes = uint8_t __attribute__((vector_size(8)));
 using Words = uint32_t __attribute__((vector_size(32)));
 
 template <class Vector, class Value>

@@ -79,6 +79,12 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to "
         "tensors'",
     )
+    after_import(
+        ledger,
+        "transformer_engine.pytorch.triton.pad",
+        lambda pad: setattr(pad, "pad_columnwise_scale_inv", _pad_columnwise_scale_inv),
+        "NVFP4 tensors gathered over ranks are padded by a Triton kernel",
+    )
     for format_, storage in (("mxfp8", "MXFP8TensorStorage"), ("nvfp4", "NVFP4TensorStorage")):
         after_import(
             ledger,
@@ -154,6 +160,14 @@ def _canonicalize_device(device: Any) -> Any:
 
     where = host(torch.get_default_device() if device is None else device)
     return where if isinstance(where, torch.device) else torch.device(where)
+
+
+def _pad_columnwise_scale_inv(inp: Any) -> Any:
+    """In place of the Triton kernel of this name: zeros up to 128 rows and 4 columns."""
+    from torch.nn.functional import pad
+
+    rows, columns = inp.shape
+    return pad(inp, (0, -columns % 4, 0, -rows % 128))
 
 
 def _let_storages_stay(module: types.ModuleType, *, name: str) -> None:

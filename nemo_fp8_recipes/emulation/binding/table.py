@@ -19,6 +19,11 @@ a release whose binding does not have the name. What is not emulated raises `Not
 own name when it is called, and so does an option that an emulated function does not have (communication
 overlap in a GEMM, say). In what else the releases differ is in `releases.py`, and which enum
 members they have in `enums.py`. Other releases are refused.
+
+Not emulated are fused attention, what connects several GPUs (communication overlap, NVSHMEM, expert
+parallelism, cuSOLVERMp), GEMMs over grouped tensors, which TE calls from cuBLAS 13.3 on (the emulated device
+says an older one), and helpers of cuDNN's grouped kernels. TE's Triton kernels are not part of the binding:
+the padding of gathered NVFP4 scales is done in torch, the others do not run.
 """
 
 _RULE = "|---" * (len(RELEASES) + 2) + "|"

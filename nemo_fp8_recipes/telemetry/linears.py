@@ -8,7 +8,7 @@ keeps scale and history of the same slots in `module.fp8_meta` (`transformer_eng
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,42 +72,45 @@ class Linear:
         if backward is not None:
             yield "grad_output", backward, self.gemm * _BACKWARD_SIZE
 
-    def weight(self) -> Any | None:
-        """The quantised weight that persists over the step, or None.
-
-        It is the primary weight where the parameter itself is quantised, else the copy that the module keeps
-        for the micro-batches of a step. A module that does neither quantises its weight in every forward.
+    def parameter(self) -> Any | None:
+        """The weight as the module's parameter, quantised or not; None where it is made of several, or kept
+        elsewhere.
         """
-        module = self.module
         # Not by getattr, which for a module's parameters fails first, and for its absent ones twice.
-        parameters, others, copies = module._parameters, vars(module), module._fp8_workspaces
-        for name in self._weight_names:
-            parameter = parameters.get(name)
-            if parameter is None:
-                parameter = others.get(name)
-            if parameter is not None and derives_from(
-                parameter, "transformer_engine", "QuantizedTensorStorage"
-            ):
-                return parameter
-            if name in copies:
-                return copies[name]
-        return None
+        return self._parameters.get(self._weight_name)
+
+    def cached_weight(self) -> Any | None:
+        """The quantised copy of the weight that the module keeps for the micro-batches of a step, or None: a
+        module may quantise it in every forward.
+        """
+        copies = self.module._fp8_workspaces
+        copy = copies.get(self._weight_name)
+        if copy is None and copies:
+            copy = next((copies[name] for name in self._weight_names if name in copies), None)
+        return copy
 
     @functools.cached_property
     def _weight_names(self) -> tuple[str, ...]:
         return f"fc{self.gemm + 1}_weight", f"weight{self.gemm}", "weight"
 
     @functools.cached_property
+    def _parameters(self) -> Mapping[str, Any]:
+        """Where the weight is: among the module's parameters or, for instance as a view of them, its
+        attributes.
+        """
+        parameters = self.module._parameters
+        if not any(parameters.get(name) is not None for name in self._weight_names):
+            return vars(self.module)
+        return parameters
+
+    @functools.cached_property
+    def _weight_name(self) -> str:
+        names = self._weight_names
+        return next((name for name in names if self._parameters.get(name) is not None), names[-1])
+
+    @functools.cached_property
     def weight_operand(self) -> Operand:
         return Operand(self.path, "weight")
-
-    @property
-    def primary(self) -> bool:
-        """Whether the weight parameter itself is quantised, and so changes with the optimizer step."""
-        return any(
-            derives_from(parameter, "transformer_engine", "QuantizedTensorStorage")
-            for parameter in self.module._parameters.values()
-        )
 
 
 def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:

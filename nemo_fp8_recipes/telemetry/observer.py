@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
 from nemo_fp8_recipes.injection.operands import recipe_of
-from nemo_fp8_recipes.telemetry.linears import Linear, Operand, linears
+from nemo_fp8_recipes.telemetry.linears import Operand, linears
+from nemo_fp8_recipes.telemetry.owners import Owned, Owners
 from nemo_fp8_recipes.telemetry.probes import (
     BlockProbe,
     DelayedProbe,
@@ -21,17 +21,18 @@ from nemo_fp8_recipes.telemetry.probes import (
     ReadingSpec,
     TensorwiseProbe,
 )
-from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.seam import (
     QUANTISING,
     BindingSeam,
     is_quantized,
     is_quantizer,
-    quantized_type,
+    quantized_kinds,
 )
 from nemo_fp8_recipes.telemetry.series import TENSORS
 from nemo_fp8_recipes.telemetry.sources import sources
+from nemo_fp8_recipes.telemetry.unseen import Unseen
+from nemo_fp8_recipes.telemetry.weights import KeptWeights, main_copy
 from nemo_fp8_recipes.telemetry.whatif import WhatIf
 
 if TYPE_CHECKING:
@@ -39,30 +40,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Observer"]
 
-_MAX_STRANGERS = 1 << 14
-"""Quantizers of no linear that are remembered as such: mostly the copies that cached weights carry."""
-
-
-class _Known(NamedTuple):
-    """An object of Transformer Engine, kept so that its id stays its own, and whose it is; of a quantizer
-    also who reads what it makes, and whether that is a gradient.
-    """
-
-    kept: Any
-    linear: Linear
-    operand: Operand
-    probe: Probe | None = None
-    gradient: bool = False
-
 
 class _Made(NamedTuple):
     """One quantised operand that a call of the binding made."""
 
-    operand: Operand
+    owned: Owned
     quantizer: Any
     tensor: Any
-    written_again: bool
-    position: int
+
+    @property
+    def operand(self) -> Operand:
+        return self.owned.operand
 
 
 class Observer:
@@ -87,11 +75,10 @@ class Observer:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self._model = model
         self._linears = linears(model)
-        indices = self._indices = IndexCache()
+        indices = IndexCache()
         self._delayed = DelayedProbe(self._linears, indices, history=history)
-        self._by_quantizer: dict[str, Probe] = {
+        by_quantizer: dict[str, Probe] = {
             "Float8CurrentScalingQuantizer": TensorwiseProbe(indices),
             "Float8BlockQuantizer": BlockProbe(indices, "blockwise"),
             "MXFP8Quantizer": BlockProbe(indices, "mxfp8"),
@@ -99,21 +86,15 @@ class Observer:
         }
         self._elements = ElementProbe(indices)
         self.whatif = WhatIf(whatif, indices, rank=rank, ranks=ranks)
-        self._operands: dict[int, _Known] = {}
-        self._weights: dict[int, _Known] = {}
-        self._quantizers: list[list[Any]] = []
-        """Those of the modules when `_operands` was made of them."""
-        self._strangers: dict[int, Any] = {}
-        self._seen: set[Operand] = set()
+        self._probes: tuple[Probe, ...] = (self._delayed, *by_quantizer.values())
+        self._owners = Owners(by_quantizer)
+        self._weights = KeptWeights(by_quantizer, self._reread_parameter)
+        self._unseen = Unseen(model)
+        self._written: dict[int, tuple[Any, Owned]] = {}
+        """id of a weight's copy -> it, and whose it is: known where the tensors themselves are read."""
         self._measured: set[Operand] = set()
-        self._primary_read = False
-        self._weight_owners: dict[bool, list[Linear]] = {}
-        """The linears that are quantised in this step, by whether their parameter itself is."""
+        self._step = 0
         self._stats = False
-        self._graphed: tuple[frozenset[int], frozenset[int]] | None = None
-        """Modules of which nothing was seen when last there were any, and those of them that run as CUDA
-        graphs.
-        """
         self._joined: dict[bool, tuple[tuple[tuple[ReadingSpec, ...], ...], tuple[ReadingSpec, ...]]] = {}
         """What the readings were of in the last step of each kind, apart and one after the other: mostly the
         same tuple again.
@@ -125,10 +106,6 @@ class Observer:
             },
             {"_amax_and_scale_update": self._delayed.unfused_update},
         )
-
-    @property
-    def probes(self) -> tuple[Probe, ...]:
-        return (self._delayed, *self._by_quantizer.values())
 
     def chosen_modules(self) -> set[str]:
         """The GEMMs on this rank with an operand that is judged under the other recipes."""
@@ -144,31 +121,30 @@ class Observer:
         Args:
             stats: whether to read the tensors themselves in it, beside what Transformer Engine computed.
         """
-        for probe in self.probes:
-            probe.begin()
-        self._elements.begin()
+        self._step += 1
         self._stats = stats
-        self._seen, self._measured = set(), set()
-        if len(self._strangers) > _MAX_STRANGERS:
-            self._strangers = {}
-        self._primary_read = False
-        self._know_quantizers()
+        self._measured = set()
+        for probe in self._probes:
+            probe.begin()
+        self._weights.begin()
+        if self._reads_tensors:
+            self._elements.begin()
+            self._know_copies()
         self._seam.open()
 
     def end(self) -> Reading | None:
         """The step is over: everything it showed, or None. Call it before the next forward pass."""
         self._seam.close()
-        if not self._primary_read:
-            self._read_weights(primary=True)
-        self._read_weights(primary=False)
+        self._weights.read_parameters(self._linears)
+        self._weights.read_copies()
+        self._written = {}
         with torch.no_grad():
-            ends = [
-                *(probe.end for probe in self.probes),
-                self._elements.end,
-                self.whatif.end,
-            ]
+            ends = [*(probe.end for probe in self._probes)]
+            if self._reads_tensors:
+                ends += [self._elements.end, self.whatif.end]
             readings = [reading for end in ends if (reading := end()) is not None]
-            if (unseen := self._unseen(readings)) is not None:
+            unseen = self._unseen.reading(self._linears, self._owners, self._step, readings)
+            if unseen is not None:
                 readings.append(unseen)
         if not readings:
             return None
@@ -176,101 +152,128 @@ class Observer:
         joined = self._joined.get(self._stats)
         if joined is None or joined[0] != parts:
             joined = self._joined[self._stats] = (parts, tuple(spec for part in parts for spec in part))
+        if len(readings) == 1:
+            return Reading(joined[1], readings[0].values)
         return Reading(joined[1], torch.cat([reading.values for reading in readings]))
 
     def abandon(self) -> None:
         """Leave Transformer Engine as it was, whatever state the step is in."""
         self._seam.close()
 
+    @property
+    def _reads_tensors(self) -> bool:
+        """Whether the tensors themselves are read in this step, of some operands at least."""
+        return self._stats or bool(self.whatif.chosen)
+
     def _quantising(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Around the function `name` of the binding, which quantises."""
+        """Around the function `name` of the binding, which quantises.
+
+        Most calls make one tensor, with a quantizer that is known, in a step that does not read the tensors.
+        For these `call` does as little as it can: it runs between Transformer Engine's kernels, where all
+        that it touches is out of the caches.
+        """
+        by_quantizer, strangers = self._owners.by_quantizer, self._owners.strangers
+        chosen, kinds = self.whatif.chosen, quantized_kinds
+        in_backward = torch._C._current_graph_task_id
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            given = (*args, *kwargs.values()) if kwargs else args
-            if not (self._stats or self.whatif.chosen) and self._quantised_one(given, result):
-                return result
-            pairs = _made(given, result)
-            if not pairs:
-                return result
-            made = []
-            for position, (quantizer, tensor) in enumerate(pairs):
-                known = self._known(quantizer, tensor)
-                if known is not None and self._counts(known):
-                    # A tensor that is written again is a weight or a parameter, and its scale is read where
-                    # it is kept.
-                    again = any(map(is_quantized, given))
-                    made.append(_Made(known.operand, quantizer, tensor, again, position))
-            for one in made:
-                self._quantised(one.operand, one.quantizer, one.tensor, written_again=one.written_again)
-            if not (self._stats or self.whatif.chosen):
-                return result
-            reread = [one for one in made if self._is_reread(one.operand)]
-            if reread:
-                found = sources(name, original, args, kwargs, len(pairs))
-                if found is not None:
-                    for one in reread:
-                        self._reread(one, found[one.position])
+            if self._stats or chosen or kwargs:
+                return self._followed(name, original, args, kwargs)
+            for argument in args:
+                owned = by_quantizer.get(id(argument))
+                if owned is not None:
+                    break
+            else:
+                for argument in args:
+                    if id(argument) in strangers:
+                        return original(*args)
+                return self._followed(name, original, args, kwargs)
+            step = self._step
+            if owned.gradient:
+                if not self._weights.parameters_read:
+                    self._weights.read_parameters(self._linears)
+            elif not owned.module.training or (owned.seen == step and in_backward() != -1):
+                return original(*args)
+            result = original(*args)
+            tensor, kind = result, type(result)
+            if not kinds[kind]:
+                made = [one for one in result if kinds[type(one)]] if kind is tuple or kind is list else ()
+                if len(made) != 1:
+                    self._take_in(args, result)
+                    return result
+                tensor = made[0]
+            owned.seen = step
+            if owned.take is not None:
+                for one in args:
+                    if kinds[type(one)]:  # see `_take_in`
+                        return result
+                owned.take(owned.operand, argument, tensor)
             return result
 
         return call
 
-    def _quantised_one(self, given: Sequence[Any], result: Any) -> bool:
-        """Take in a call that made one tensor with a quantizer that is known, as most do; False: the call is
-        another one. It runs between Transformer Engine's kernels, where all that it touches is out of the
-        caches: so it does as little as it can.
+    def _followed(
+        self, name: str, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call of any kind, and what follows from it."""
+        result = original(*args, **kwargs)
+        made = self._take_in((*args, *kwargs.values()), result)
+        if self._reads_tensors and any(one is not None and self._is_reread(one.operand) for one in made):
+            found = sources(name, original, args, kwargs, len(made))
+            for one, source in zip(made, found or (), strict=False):
+                if one is not None:
+                    self._reread(one.operand, one.quantizer, one.tensor, source)
+        return result
+
+    def _take_in(self, given: Sequence[Any], result: Any) -> list[_Made | None]:
+        """Hand over what a call made of the arguments `given`; None for what is of no linear, and for what
+        does not count.
         """
-        operands = self._operands
-        for quantizer in given:
-            known = operands.get(id(quantizer))
-            if known is not None:
-                break
-        else:
-            strangers = self._strangers
-            for one in given:  # noqa: SIM110 - a generator takes longer than all of this
-                if id(one) in strangers and strangers[id(one)] is one:
-                    return True
-            return False
-        tensor = result
-        if type(result) is tuple or type(result) is list:
-            made = [item for item in result if quantized_type(type(item))]
-            if len(made) != 1:
-                return False
-            tensor = made[0]
-        elif not quantized_type(type(result)):
-            return False
-        operand = known.operand
-        if not known.gradient and not (
-            known.linear.module.training
-            and (torch._C._current_graph_task_id() == -1 or operand not in self._seen)
-        ):
-            return True
-        self._seen.add(operand)
-        if known.probe is not None and not any(map(quantized_type, map(type, given))):
-            if known.gradient and not self._primary_read:
-                self._read_weights(primary=True)
-            known.probe.quantised(operand, quantizer, tensor)
-        return True
+        found = [
+            (self._owner(quantizer, tensor), quantizer, tensor) for quantizer, tensor in _made(given, result)
+        ]
+        made = [
+            _Made(owned, quantizer, tensor) if owned is not None and self._counts(owned) else None
+            for owned, quantizer, tensor in found
+        ]
+        # A tensor that is written again is a weight or a parameter, and its scale is read where it is kept.
+        again = bool(made) and any(map(is_quantized, given))
+        for one in made:
+            if one is None:
+                continue
+            one.owned.seen = self._step
+            take = one.owned.take
+            if take is None or again:
+                continue
+            if one.owned.gradient:
+                self._weights.read_parameters(self._linears)
+            take(one.operand, one.quantizer, one.tensor)
+        return made
 
-    def _counts(self, known: _Known) -> bool:
+    def _owner(self, quantizer: Any, tensor: Any) -> Owned | None:
+        """Whose quantizer this is, or whose weight is written."""
+        owned = self._owners.by_quantizer.get(id(quantizer))
+        if owned is not None:
+            return owned
+        written = self._written.get(id(tensor))
+        return written[1] if written is not None else self._owners.find(quantizer, self._linears)
+
+    def _counts(self, owned: Owned) -> bool:
         """Whether this is the operand's own pass through a training step, no evaluation and no repetition."""
-        if known.operand.tensor == "grad_output":
+        if owned.gradient:
             return True
-        if not known.linear.module.training:
-            return False
         in_backward = torch._C._current_graph_task_id() != -1
-        return not (in_backward and known.operand in self._seen)
+        return owned.module.training and not (in_backward and owned.seen == self._step)
 
-    def _quantised(self, operand: Operand, quantizer: Any, tensor: Any, *, written_again: bool) -> None:
-        self._seen.add(operand)
-        probe = self._by_quantizer.get(type(quantizer).__name__)
-        if probe is None or written_again:
-            return
-        if not self._primary_read and operand.tensor == "grad_output":
-            # The first backward pass: every forward pass has begun on this rank, and the optimizer, which
-            # writes quantised parameters anew, has not run.
-            self._read_weights(primary=True)
-        probe.quantised(operand, quantizer, tensor)
+    def _know_copies(self) -> None:
+        """Whose copy of a weight is whose: it is written with a quantizer of its own."""
+        self._owners.know(self._linears)
+        self._written = {}
+        for linear in self._linears:
+            weight = linear.cached_weight()
+            owned = self._owners.of_linear.get(linear.path, {}).get("weight")
+            if weight is not None and owned is not None:
+                self._written[id(weight)] = (weight, owned)
 
     def _is_reread(self, operand: Operand) -> bool:
         """Whether the tensor itself is read: a weight once a step, as it does not change within one."""
@@ -278,131 +281,18 @@ class Observer:
             return False
         return self._stats or self.whatif.wants(operand)
 
-    def _reread(self, made: _Made, source: torch.Tensor) -> None:
-        self._measured.add(made.operand)
+    def _reread(self, operand: Operand, quantizer: Any, tensor: Any, source: torch.Tensor) -> None:
+        if not self._is_reread(operand):
+            return
+        self._measured.add(operand)
         if self._stats:
-            self._elements.quantised(made.operand, made.quantizer, made.tensor, source)
-        if self.whatif.wants(made.operand):
-            self.whatif.quantised(made.operand, recipe_of(made.quantizer), source, judge=self._stats)
+            self._elements.quantised(operand, quantizer, tensor, source)
+        if self.whatif.wants(operand):
+            self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats)
 
-    def _known(self, quantizer: Any, tensor: Any) -> _Known | None:
-        """Whose quantizer this is, or whose weight is written; None for what is of no linear of this model,
-        such as the copy of its quantizer that every quantised tensor carries.
-        """
-        for table, key in ((self._operands, quantizer), (self._weights, tensor)):
-            known = table.get(id(key))
-            if known is not None and known.kept is key:
-                return known
-        if self._strangers.get(id(quantizer)) is quantizer:
-            return None
-        # Quantizers appear in a module's first forward, and change with the recipe.
-        self._know_quantizers()
-        known = self._operands.get(id(quantizer))
-        if known is not None and known.kept is quantizer:
-            return known
-        self._strangers[id(quantizer)] = quantizer
-        return None
-
-    def _know_quantizers(self) -> None:
-        lists = [
-            quantizers
-            for linear in self._linears
-            for quantizers in (
-                linear.module.quantizers["scaling_fwd"],
-                linear.module.quantizers["scaling_bwd"],
-            )
-        ]
-        if lists != self._quantizers:
-            self._quantizers = [list(quantizers) for quantizers in lists]
-            self._operands = {
-                id(quantizer): _Known(
-                    quantizer,
-                    linear,
-                    Operand(linear.path, tensor),
-                    self._by_quantizer.get(type(quantizer).__name__),
-                    tensor == "grad_output",
-                )
-                for linear in self._linears
-                for tensor, quantizer in linear.quantizers()
-                if quantizer is not None
-            }
-        # A quantised parameter is not among them: what the optimizer writes is the next step's weight.
-        self._weights = {}
-        if self._stats or self.whatif.chosen:
-            self._weights = {
-                id(weight): _Known(weight, linear, linear.weight_operand)
-                for linear in self._linears
-                if not linear.primary and (weight := linear.weight()) is not None
-            }
-
-    def _unseen(self, readings: Sequence[Reading]) -> Reading | None:
-        """Marks of the modules whose quantising calls did not pass by in the step: what a replayed CUDA graph
-        quantises passes no function that could be watched. `unobserved` are the operands of which nothing
-        was read, and `graphed` all of a module that runs as a CUDA graph: of it there is what Transformer
-        Engine keeps in its buffers (delayed scaling's state, cached weights) and nothing else.
-        """
-        seen = {operand.module for operand in self._seen}
-        unseen = [
-            (linear, dict(linear.quantizers()))
-            for linear in self._linears
-            if linear.path not in seen and linear.module.fp8 and linear.module.training
-        ]
-        if not unseen:
-            return None
-        read = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
-        modules = frozenset(id(linear.module) for linear, _ in unseen)
-        if self._graphed is None or self._graphed[0] != modules:
-            self._graphed = (modules, modules & graphed_modules(self._model).keys())
-        specs = []
-        for linear, quantizers in unseen:
-            for tensor, quantizer in quantizers.items():
-                if quantizer is None:
-                    continue
-                marks = ["graphed"] if id(linear.module) in self._graphed[1] else []
-                marks += ["unobserved"] if (linear.path, tensor) not in read else []
-                recipe, fmt = recipe_of(quantizer), element_format(quantizer)
-                specs += [ReadingSpec(linear.path, tensor, mark, recipe, fmt, "max") for mark in marks]
-        if not specs:
-            return None
-        device = next(unseen[0][0].module.parameters()).device
-        return Reading(tuple(specs), torch.ones(len(specs), device=device))
-
-    def _read_weights(self, *, primary: bool) -> None:
-        """Weights that stay quantised over the step: parameters, or the copies kept for its micro-batches."""
-        found = False
-        if primary:
-            # Nothing of it changes within a step.
-            self._weight_owners = {True: [], False: []}
-            for linear in self._linears:
-                if linear.module.fp8:
-                    self._weight_owners[linear.primary].append(linear)
-        for linear in self._weight_owners[primary]:
-            weight = linear.weight()
-            quantizer = getattr(weight, "_quantizer", None)
-            operand = linear.weight_operand
-            if primary and quantizer is not None and self._is_reread(operand):
-                self._reread_primary(_Made(operand, quantizer, weight, False, 0))
-            probe = self._by_quantizer.get(type(quantizer).__name__)
-            if probe is not None:
-                probe.quantised(operand, quantizer, weight)
-                found = True
-        if primary:
-            self._primary_read = True
-            if found:
-                for probe in self._by_quantizer.values():
-                    probe.settle()
-
-    def _reread_primary(self, made: _Made) -> None:
-        """A quantised parameter was made of the optimizer's own copy, which Megatron keeps at the parameter
-        and which has not changed since. Where the copy is a shard of it there is nothing to compare with.
-        """
-        source = getattr(made.tensor, "main_param", None)
-        if isinstance(source, torch.Tensor) and source.numel() == made.tensor.numel():
-            source = source.detach().reshape(made.tensor.shape)
-            if getattr(made.tensor, "main_param_sharded", False):
-                # The distributed optimizer casts through the parameter's own dtype (`core/fp8_utils.py`).
-                source = source.to(made.tensor.dtype)
-            self._reread(made, source)
+    def _reread_parameter(self, operand: Operand, quantizer: Any, weight: Any) -> None:
+        if self._reads_tensors and self._is_reread(operand) and (source := main_copy(weight)) is not None:
+            self._reread(operand, quantizer, weight, source)
 
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
 
-__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer", "quantized_type"]
+__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer", "quantized_kinds"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -48,21 +48,30 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Places(NamedTuple):
-    """Where the functions are bound. Looked for once, and again when modules were imported or functions
-    replaced.
+    """The names in one namespace that are bound to the functions.
 
     Attributes:
-        modules: number of loaded modules.
-        originals: the functions; None for those that this release lacks.
-        places: namespace of a module, name in it, the function, and what takes its place.
+        namespace: of a module.
+        names: what they are.
+        theirs: name -> function.
+        ours: name -> what takes its place.
     """
 
-    modules: int
-    originals: list[Any]
-    places: list[tuple[dict[str, Any], str, Any, Any]]
+    namespace: dict[str, Any]
+    names: tuple[str, ...]
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
 
-    def stale(self, originals: list[Any]) -> bool:
-        return len(sys.modules) != self.modules or originals != self.originals
+    @classmethod
+    def of(cls, namespace: dict[str, Any], pairs: Mapping[str, tuple[Any, Any]]) -> _Places:
+        """Args: pairs: name -> function and what takes its place."""
+        theirs = {name: function for name, (function, _) in pairs.items()}
+        ours = {name: replacement for name, (_, replacement) in pairs.items()}
+        return cls(namespace, tuple(pairs), theirs, ours)
+
+    def bound_to(self, functions: dict[str, Any]) -> bool:
+        """Whether the names are bound to `functions`, which are `theirs` or `ours`."""
+        return list(map(self.namespace.get, self.names)) == list(functions.values())
 
 
 class BindingSeam:
@@ -76,10 +85,12 @@ class BindingSeam:
     def __init__(self, wrappers: Mapping[str, Wrapper], python: Mapping[str, Wrapper]) -> None:
         self._wrappers = dict(wrappers)
         self._python = dict(python)
-        self._undo: list[tuple[dict[str, Any], str, Any]] = []
         self._open = False
         self._capture_flags: tuple[Callable[[], bool], ...] = ()
-        self._found: _Places | None = None
+        self._found: list[_Places] = []
+        """Looked for once, and again when modules were imported or functions replaced."""
+        self._modules = 0
+        """How many were loaded then."""
 
     @property
     def is_open(self) -> bool:
@@ -91,46 +102,55 @@ class BindingSeam:
             return
         self._open = True
         self._capture_flags = capture_flags()
-        import transformer_engine.pytorch.quantization as quantization
-        import transformer_engine_torch as binding
+        if len(sys.modules) != self._modules or not all(
+            found.bound_to(found.theirs) for found in self._found
+        ):
+            self._found = self._look()
+            self._modules = len(sys.modules)
+        for found in self._found:
+            found.namespace.update(found.ours)
 
-        originals = [vars(binding).get(name) for name in self._wrappers]
-        originals += [vars(quantization).get(name) for name in self._python]
-        if self._found is None or self._found.stale(originals):
-            self._found = self._look(binding, quantization, originals)
-        for namespace, name, original, replacement in self._found.places:
-            if namespace.get(name) is original:
-                self._undo.append((namespace, name, original))
-                namespace[name] = replacement
-
-    def _look(self, binding: Any, quantization: Any, originals: list[Any]) -> _Places:
+    def _look(self) -> list[_Places]:
         """Names that are bound to one of the functions: `from transformer_engine_torch import *` in
         cpp_extensions, and the like, made names of their own.
         """
-        replacements = {}
-        for name, wrapper in self._wrappers.items():
-            original = vars(binding).get(name)
-            if original is not None:
-                replacements[id(original)] = (original, self._guarded(original, wrapper))
-        places = [
-            (vars(module), attribute, *replacements[id(value)])
-            for name, module in list(sys.modules.items())
-            if module is not None and name.startswith("transformer_engine")
-            for attribute, value in list(vars(module).items())
-            if id(value) in replacements
-        ]
-        for name, wrapper in self._python.items():
-            original = vars(quantization).get(name)
-            if original is not None:
-                places.append((vars(quantization), name, original, self._guarded(original, wrapper)))
-        return _Places(len(sys.modules), originals, places)
+        import transformer_engine.pytorch.quantization as quantization
+        import transformer_engine_torch as binding
+
+        of_binding = self._replacements(binding, self._wrappers)
+        by_id = {id(pair[0]): pair for pair in of_binding.values()}
+        found = [_Places.of(vars(quantization), self._replacements(quantization, self._python))]
+        for name, module in list(sys.modules.items()):
+            if module is not None and name.startswith("transformer_engine"):
+                bound = {
+                    key: by_id[id(value)] for key, value in list(vars(module).items()) if id(value) in by_id
+                }
+                found.append(_Places.of(vars(module), bound))
+        return [places for places in found if places.ours]
+
+    def _replacements(self, module: Any, wrappers: Mapping[str, Wrapper]) -> dict[str, tuple[Any, Any]]:
+        """Name of a function of `module` -> it and what takes its place; without those that this release
+        lacks.
+        """
+        return {
+            name: (original, self._guarded(original, wrapper))
+            for name, wrapper in wrappers.items()
+            if (original := vars(module).get(name)) is not None
+        }
 
     def close(self) -> None:
         """Put every original back."""
+        if not self._open:
+            return
         self._open = False
-        while self._undo:
-            namespace, name, original = self._undo.pop()
-            namespace[name] = original
+        for found in self._found:
+            if found.bound_to(found.ours):
+                found.namespace.update(found.theirs)
+                continue
+            # Somebody replaced one of ours in the meantime, and may put it back: it does nothing any more.
+            for name, replacement in found.ours.items():
+                if found.namespace.get(name) is replacement:
+                    found.namespace[name] = found.theirs[name]
 
     def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
         """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
@@ -151,34 +171,35 @@ class BindingSeam:
         return call
 
 
+class _Kinds(dict[type, bool]):
+    """Whether classes derive from one of Transformer Engine's, by its name; no Python runs for one that was
+    asked about.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = any(
+            base.__name__ == self._name and base.__module__.startswith("transformer_engine")
+            for base in kind.__mro__
+        )
+        return found
+
+
+quantizer_kinds: Mapping[type, bool] = _Kinds("Quantizer")
+"""Whether a class is that of a quantizer, see `is_quantizer`."""
+
+quantized_kinds: Mapping[type, bool] = _Kinds("QuantizedTensorStorage")
+"""Whether a class is that of a quantised tensor, see `is_quantized`."""
+
+
 def is_quantizer(value: object) -> bool:
     """Whether `value` is one of Transformer Engine's quantizers."""
-    kind: Any = type(value)
-    return _is_quantizer(kind)
+    return quantizer_kinds[type(value)]
 
 
 def is_quantized(value: object) -> bool:
     """Whether `value` is one of Transformer Engine's quantised tensors, or the storage of one."""
-    kind: Any = type(value)
-    return _is_quantized(kind)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_quantizer(kind: Hashable) -> bool:
-    return _derives(kind, "Quantizer")
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_quantized(kind: Hashable) -> bool:
-    return _derives(kind, "QuantizedTensorStorage")
-
-
-quantized_type: Callable[[Any], bool] = _is_quantized
-"""Whether a class is that of a quantised tensor, see `is_quantized`; no Python runs for one that was seen."""
-
-
-def _derives(kind: Hashable, name: str) -> bool:
-    return any(
-        base.__name__ == name and base.__module__.startswith("transformer_engine")
-        for base in getattr(kind, "__mro__", ())
-    )
+    return quantized_kinds[type(value)]

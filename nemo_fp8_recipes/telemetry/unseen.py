@@ -1,0 +1,80 @@
+"""Marks of what did not pass by in a step: what a replayed CUDA graph quantises passes no function that could
+be watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
+from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.telemetry.linears import Linear
+from nemo_fp8_recipes.telemetry.owners import Owners
+from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element_format
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Unseen"]
+
+
+class Unseen:
+    """Marks the modules whose quantising calls did not pass by.
+
+    `unobserved` are the operands of which nothing was read, and `graphed` all of a module that runs as a CUDA
+    graph: of it there is what Transformer Engine keeps in its buffers (delayed scaling's state, cached
+    weights) and nothing else.
+
+    Args:
+        model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
+    """
+
+    def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
+        self._model = model
+        self._graphed: tuple[frozenset[int], frozenset[int]] | None = None
+        """Modules of which nothing was seen when last there were any, and those of them that run as CUDA
+        graphs.
+        """
+
+    def reading(
+        self, linears: Sequence[Linear], owners: Owners, step: int, readings: Sequence[Reading]
+    ) -> Reading | None:
+        """The marks of a step, 1 each; None where everything passed by.
+
+        Args:
+            linears: the GEMMs of the model.
+            owners: what was seen of their operands.
+            step: the step as `owners` knows it.
+            readings: what was read in it.
+        """
+        of_linear = owners.of_linear
+        unseen = []
+        for linear in linears:
+            for owned in of_linear.get(linear.path, {}).values():
+                if owned.seen == step:
+                    break
+            else:
+                if linear.module.fp8 and linear.module.training:
+                    unseen.append(linear)
+        if not unseen:
+            return None
+        read = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
+        modules = frozenset(id(linear.module) for linear in unseen)
+        if self._graphed is None or self._graphed[0] != modules:
+            self._graphed = (modules, modules & graphed_modules(self._model).keys())
+        specs = []
+        for linear in unseen:
+            for tensor, quantizer in dict(linear.quantizers()).items():
+                if quantizer is None:
+                    continue
+                marks = ["graphed"] if id(linear.module) in self._graphed[1] else []
+                marks += ["unobserved"] if (linear.path, tensor) not in read else []
+                recipe, fmt = recipe_of(quantizer), element_format(quantizer)
+                specs += [ReadingSpec(linear.path, tensor, mark, recipe, fmt, "max") for mark in marks]
+        if not specs:
+            return None
+        device = next(unseen[0].module.parameters()).device
+        return Reading(tuple(specs), torch.ones(len(specs), device=device))

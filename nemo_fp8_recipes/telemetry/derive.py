@@ -29,7 +29,7 @@ def derive(step: int, found: Found) -> StepValues:
     two (tensorwise), else an upper bound below twice the amax (`amax_bound`). A tensor of zeros, and one
     whose amax is not finite, has the scale 1 there, and shows fp8_max.
     """
-    plan = _plan(found.specs)
+    plan = _plan_for(found.specs)
     read = found.numbers
     windows = {series: read[index : index + 1] for series, index in plan.windows}
     windows.update((_series(spec), window) for spec, window in found.windows.items())
@@ -69,7 +69,21 @@ class _Plan(NamedTuple):
     windows: tuple[tuple[Series, int], ...]
 
 
-@functools.lru_cache(maxsize=16)
+_KEPT = 16
+_plans: dict[int, tuple[tuple[ReadingSpec, ...], _Plan]] = {}
+"""By the id of the list of readings, which steps that read the same share: its hash is one of all names."""
+
+
+def _plan_for(specs: tuple[ReadingSpec, ...]) -> _Plan:
+    known = _plans.get(id(specs))
+    if known is None:
+        if len(_plans) >= _KEPT:
+            _plans.clear()
+        known = _plans[id(specs)] = (specs, _plan(specs))
+    return known[1]
+
+
+@functools.lru_cache(maxsize=_KEPT)
 def _plan(specs: tuple[ReadingSpec, ...]) -> _Plan:
     places: dict[tuple[str, str, str, str, bool], dict[str, int]] = defaultdict(dict)
     powers_of_two = set()

@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_fp8_recipes.telemetry import exchange as exchange_module
-from nemo_fp8_recipes.telemetry.exchange import Exchange, decode, encode
+from nemo_fp8_recipes.telemetry.codec import ABSENT, decode, encode
+from nemo_fp8_recipes.telemetry.exchange import Exchange
+from nemo_fp8_recipes.telemetry.layout import Layout
 from nemo_fp8_recipes.telemetry.probes.base import COUNT, Reading, ReadingSpec
 
 CPU = torch.device("cpu")
@@ -86,8 +88,8 @@ def test_a_mean_over_blocks_is_weighed_with_the_blocks_of_each_rank() -> None:
         spec("m", COUNT, "mean"),
     )
     empty = [one._replace(module="empty") for one in (mean, rms, count)]
-    layout = exchange_module._Layout.of([mean, rms, count, *empty], 3)
-    places = np.full(layout.size, exchange_module._ABSENT, dtype=np.int32)
+    layout = Layout.of([mean, rms, count, *empty], 3)
+    places = np.full(layout.size, ABSENT, dtype=np.int32)
     values = {mean: [1.0, 4.0], rms: [1.0, 4.0], count: [300.0, 100.0], **{one: [0.0, 0.0] for one in empty}}
     for one, numbers in values.items():  # the third rank has none of them
         places[layout.starts[one] : layout.starts[one] + 2] = codes(numbers, minimum=False)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from nemo_fp8_recipes.telemetry.codec import encode
 from nemo_fp8_recipes.telemetry.elements import measure
-from nemo_fp8_recipes.telemetry.exchange import Exchange, encode
+from nemo_fp8_recipes.telemetry.exchange import Exchange
 from nemo_fp8_recipes.telemetry.linears import Linear, Operand
 from nemo_fp8_recipes.telemetry.probes import (
     BlockProbe,

@@ -33,6 +33,7 @@ class OperandTable:
         self._rows: dict[tuple[str, str], int] = {}
         self._known: tuple[Series, ...] = ()
         self._places: dict[str, _Place] = {}
+        self._present: dict[str, np.ndarray] = {}
         self._recipes: dict[str, np.ndarray] = {}
         self._formats: dict[str, tuple[int, np.ndarray]] = {}
 
@@ -49,6 +50,16 @@ class OperandTable:
                 continue
             windows[self._row(series)] = window
         return Columns(self, values, self._places, windows)
+
+    def present(self, stat: str) -> np.ndarray:
+        """bool (operands,): which had the statistic in the last step. Not written."""
+        known = self._present.get(stat)
+        if known is None or len(known) != len(self):
+            known = self._present[stat] = np.zeros(len(self), dtype=bool)
+            if stat in self._places:
+                known[self._places[stat].rows] = True
+            known.flags.writeable = False
+        return known
 
     def of_recipe(self, recipe: str) -> np.ndarray:
         """bool (operands,): which were quantised by `recipe` in the last step."""
@@ -80,7 +91,7 @@ class OperandTable:
             stat: _Place(np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64))
             for stat, (rows, positions) in found.items()
         }
-        self._recipes, self._formats = {}, {}
+        self._present, self._recipes, self._formats = {}, {}, {}
 
     def _row(self, series: Series) -> int:
         key = (series.module, series.tensor)
@@ -115,11 +126,8 @@ class Columns:
         return stat in self._places
 
     def present(self, stat: str) -> np.ndarray:
-        """bool (operands,): which have the statistic in this step."""
-        present = np.zeros(len(self.table), dtype=bool)
-        if stat in self._places:
-            present[self._places[stat].rows] = True
-        return present
+        """bool (operands,): which have the statistic in this step. Rules share it: it is not written."""
+        return self.table.present(stat)
 
     def get(self, stat: str) -> np.ndarray:
         """float64 (operands,) of a statistic; NaN where there is none. Rules share it: it is not written."""
@@ -133,6 +141,9 @@ class Columns:
         return column
 
     def amax(self) -> np.ndarray:
-        """float64 (operands,): the amax, or its bound where only that is known."""
-        exact = self.get("amax")
-        return np.where(self.present("amax"), exact, self.get("amax_bound"))
+        """float64 (operands,): the amax, or its bound where only that is known. Not written."""
+        if not self.has("amax_bound"):
+            return self.get("amax")
+        if not self.has("amax"):
+            return self.get("amax_bound")
+        return np.where(self.present("amax"), self.get("amax"), self.get("amax_bound"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,12 +147,17 @@ class ScaleLimit(RuleCheck):
             if not columns.has(stat):
                 continue
             found = columns.get(stat)
+            at_end = (found <= lowest) | (found >= highest)
+            if not at_end.any():
+                continue
             # 0 is a tensor or block of zeros, NaN an absent value; Inf is what `non_finite` reports.
-            at_end = ((found <= lowest) & (found > 0)) | ((found >= highest) & np.isfinite(found))
+            at_end &= (found > 0) & np.isfinite(found)
             if only is not None:
                 at_end &= table.of_recipe(only)
             value = np.where(at_end, found, value)
             violated |= at_end
+        if not violated.any():
+            return Finding(violated, value)
         return Finding(violated, value, np.abs(np.log2(np.where(violated, value, 1.0))))
 
 
@@ -185,36 +189,44 @@ class AmaxGrowth(RuleCheck):
     def __init__(self, rule: GrowthRule) -> None:
         self.limit = rule.limit
         self._rule = rule
-        self._rows: deque[tuple[int, np.ndarray]] = deque(maxlen=rule.window)
+        self.forget()
 
     def forget(self) -> None:
-        self._rows.clear()
+        # The last steps, in any order: the newest takes the place of the oldest.
+        self._steps = np.zeros(self._rule.window)
+        self._logs = np.zeros((self._rule.window, 0))
+        self._seen = 0
 
     def check(self, columns: Columns) -> Finding:
-        amax = columns.amax()
+        amax, size, window = columns.amax(), len(columns.table), self._rule.window
+        if self._logs.shape[1] < size:  # operands seen later have no value in earlier steps
+            missing = np.full((window, size - self._logs.shape[1]), np.nan)
+            self._logs = np.concatenate([self._logs, missing], axis=1)
+        row = self._seen % window
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.where((amax > 0) & np.isfinite(amax), np.log2(amax), np.nan)
-        self._rows.append((columns.step, logs))
-        size = len(columns.table)
-        none = np.zeros(size, dtype=bool)
-        if len(self._rows) < self._rule.window:
-            return Finding(none, np.full(size, np.nan), window=self._rule.window)
-        x = np.asarray([step for step, _ in self._rows], dtype=np.float64)
-        if len(self._rows[0][1]) == size:
-            y = np.stack([row for _, row in self._rows])
-        else:
-            y = np.full((len(x), size), np.nan)
-            for index, (_, row) in enumerate(self._rows):
-                y[index, : len(row)] = row  # operands seen later have no value in earlier steps
-        x -= x.mean()
+            logs = np.log2(amax)
+        logs[~np.isfinite(logs)] = np.nan  # of zeros, Inf and what is absent
+        self._logs[row] = logs
+        self._steps[row] = columns.step
+        self._seen += 1
+        none = Finding(np.zeros(size, dtype=bool), np.full(size, np.nan), window=window)
+        if self._seen < window:
+            return none
+        x, y = self._steps - self._steps.mean(), self._logs
+        length = x.max() - x.min()
+        # A line through values that differ by d rises by at most so many times d: where half of them are at
+        # the one end of the range and half at the other.
+        steepest = np.abs(x).sum() / 2 * length / (x @ x)
+        if not ((y.max(axis=0) - y.min(axis=0)) * steepest >= np.log2(self.limit)).any():
+            return none
         deviation = y - y.mean(axis=0)
         slope = x @ deviation / (x @ x)
         spread = (deviation**2).sum(axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
             r_squared = slope**2 * (x @ x) / spread
-            growth = np.exp2(slope * (x[-1] - x[0]))
+            growth = np.exp2(slope * length)
             violated = (growth > self.limit) & (r_squared >= self._rule.steadiness)
-        return Finding(violated, growth, window=self._rule.window)
+        return Finding(violated, growth, window=window)
 
 
 class RanksDisagree(RuleCheck):

@@ -28,6 +28,7 @@ class TensorBoardSink(Sink):
         self._directory = directory
         self._file: EventFile | None = None
         self._events = _StepEvents()
+        self._metrics = _MetricEvents()
 
     def values(self, values: StepValues) -> None:
         if len(values.series) or values.alerts:
@@ -35,7 +36,7 @@ class TensorBoardSink(Sink):
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:
-            self._open().add(_event(step, _scalars(metric_names(metrics))))
+            self._open().add_serialized(self._metrics.of(step, metric_names(metrics)))
 
     def truncate_after(self, step: int) -> None:
         from tensorboard.compat.proto import event_pb2
@@ -105,6 +106,21 @@ class _StepEvents:
                 self._known.clear()
             self._known[id(values.series)] = (values.series, _SerializedScalars(summary))
         return _serialized(_event(values.step, summary))
+
+
+class _MetricEvents:
+    """The serialised events of training metrics, made as those of values: most steps have the same ones."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._known: _SerializedScalars | None = None
+
+    def of(self, step: int, metrics: Mapping[str, float]) -> bytes:
+        """The event of a step with these scalars."""
+        names = tuple(metrics)
+        if self._known is None or names != self._names:
+            self._names, self._known = names, _SerializedScalars(_scalars(metrics))
+        return self._known.event(step, np.fromiter(metrics.values(), np.float32, len(metrics)))
 
 
 class _SerializedScalars:

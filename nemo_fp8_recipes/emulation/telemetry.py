@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
@@ -10,7 +10,9 @@ from nemo_fp8_recipes.emulation.ledger import PatchLedger
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_fp8_recipes.emulation.kernels import Library
     from nemo_fp8_recipes.telemetry.coded import Coded
+    from nemo_fp8_recipes.telemetry.probes.scale_codes import ScaleFormat
 
 __all__ = ["apply"]
 
@@ -25,7 +27,7 @@ def apply(ledger: PatchLedger) -> None:
 
 def _functions() -> Mapping[str, Callable[..., Any]]:
     """Functions by their names in `host_kernels`."""
-    return {"measure": _measure}
+    return {"measure": _measure, "scale_counts": _scale_counts, "scale_distribution": _scale_distribution}
 
 
 def _measure(source: Tensor, coded: Coded) -> Tensor | None:
@@ -33,3 +35,23 @@ def _measure(source: Tensor, coded: Coded) -> Tensor | None:
 
     kernels = for_tensor(source)
     return kernels.measure(source, coded) if kernels is not None else None
+
+
+def _scale_counts(
+    scales: Sequence[Tensor], grids: Tensor, slots: Tensor, operands: int
+) -> tuple[Tensor, Tensor | None] | None:
+    kernels = _library()
+    return kernels.scale_counts(scales, grids, slots, operands) if kernels is not None else None
+
+
+def _scale_distribution(counts: Tensor, fmt: ScaleFormat, **described: Any) -> Tensor | None:
+    from torch import Tensor
+
+    kernels = _library() if type(counts) is Tensor and counts.device.type == "cpu" else None
+    return kernels.scale_distribution(counts, fmt, **described) if kernels is not None else None
+
+
+def _library() -> Library | None:
+    from nemo_fp8_recipes.emulation.kernels import library
+
+    return library()

@@ -20,15 +20,38 @@ test that compares it with its reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_fp8_recipes.telemetry.coded import Coded
+    from nemo_fp8_recipes.telemetry.probes.scale_codes import ScaleFormat
 
-__all__ = ["measure"]
+__all__ = ["measure", "scale_counts", "scale_distribution"]
+
+
+class _ScaleDistribution(Protocol):
+    def __call__(
+        self,
+        counts: Tensor,
+        fmt: ScaleFormat,
+        *,
+        blocks: Tensor,
+        kept: Tensor,
+        exact: Tensor | None,
+        slots: Tensor,
+    ) -> Tensor | None: ...
+
 
 measure: Callable[[Tensor, Coded], Tensor | None] | None = None
 """`elements.measure` of a tensor that is not empty and `probes.stored.values` of its codes."""
+
+scale_counts: (
+    Callable[[Sequence[Tensor], Tensor, Tensor, int], tuple[Tensor, Tensor | None] | None] | None
+) = None
+"""`probes.blocks.BlockProbe._counted` of scales, their grids, their slots and the number of operands."""
+
+scale_distribution: _ScaleDistribution | None = None
+"""`probes.blocks.BlockProbe._described` of counts."""

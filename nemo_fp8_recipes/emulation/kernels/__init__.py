@@ -11,6 +11,8 @@ slower.
     per_tensor.py, mxfp8.py, blockwise.py, nvfp4.py
                  the functions of a format, on torch tensors
     measure.py   what telemetry finds out about a quantised tensor
+    block_scales.py
+                 what telemetry reads of block scales
     compiled.py  all of them together; the library of this process
     source/      the C++
 

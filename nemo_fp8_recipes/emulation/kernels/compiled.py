@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.kernels import build
+from nemo_fp8_recipes.emulation.kernels.block_scales import BlockScaleKernels
 from nemo_fp8_recipes.emulation.kernels.blockwise import BlockwiseKernels
 from nemo_fp8_recipes.emulation.kernels.measure import MeasureKernels
 from nemo_fp8_recipes.emulation.kernels.mxfp8 import Mxfp8Kernels
@@ -24,7 +25,9 @@ __all__ = ["Library", "for_codes", "for_tensor", "library"]
 _SWITCH = "NEMO_FP8_KERNELS"
 
 
-class Library(PerTensorKernels, Mxfp8Kernels, BlockwiseKernels, Nvfp4Kernels, MeasureKernels):
+class Library(
+    PerTensorKernels, Mxfp8Kernels, BlockwiseKernels, Nvfp4Kernels, MeasureKernels, BlockScaleKernels
+):
     """The functions of a loaded library, on torch tensors.
 
     Quantisers write into tensors that their caller allocated. Inputs are contiguous host tensors; the caller

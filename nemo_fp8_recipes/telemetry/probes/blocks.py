@@ -1,25 +1,9 @@
-"""Block scaling (blockwise, MXFP8, NVFP4): the distribution of a tensor's block scales.
-
-Layouts, from `get_scale_shape` of `Float8BlockQuantizer`, `MXFP8Quantizer` and `NVFP4Quantizer` and from
-`common/swizzle/swizzle.cu`:
-
-    blockwise 1D rowwise      fp32 (ceil(K/128), M padded to 4)
-    blockwise 1D columnwise   fp32 (ceil(M/128), K padded to 4)
-    blockwise 2D rowwise      fp32 (ceil(M/128), ceil(K/128) padded to 4)
-    blockwise 2D columnwise   fp32 (ceil(K/128), ceil(M/128) padded to 4)
-    mxfp8 rowwise             E8M0 (M padded to 128, ceil(K/32) padded to 4)
-    mxfp8 columnwise          E8M0 (ceil(M/32) padded to 4, K padded to 128)
-    nvfp4 rowwise             E4M3 (M padded to 128, ceil(K/16) padded to 4), also of 16x16 blocks
-    nvfp4 columnwise          E4M3 (K padded to 128, ceil(M/16) padded to 4)
-
-The padding holds whatever was in memory, so it is left out by index. Scales that were made for the GEMM lie
-in tiles of 128 x 4 (mxfp8 columnwise: of the transposed array), and the index follows them there.
-"""
+"""Block scaling (blockwise, MXFP8, NVFP4): the distribution of a tensor's block scales."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.telemetry import host_kernels
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import COUNT, Combine, Probe, Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -36,6 +21,13 @@ from nemo_fp8_recipes.telemetry.probes.scale_codes import (
     FP32_SCALES,
     PERCENTILES,
     histogram,
+)
+from nemo_fp8_recipes.telemetry.probes.scale_layout import (
+    SWIZZLES,
+    ScaleGrid,
+    scale_grid,
+    unpadded_positions,
+    used_positions,
 )
 
 __all__ = ["BlockProbe", "unpadded_positions"]
@@ -64,9 +56,9 @@ _STATS: tuple[tuple[str, Combine], ...] = (
 """What is read of the scales, `scale_inv_<name>`, in the order of `distribution`; how ranks combine it."""
 
 
-_Made = tuple[Operand, bool, Any, torch.Size, torch.Size, bool]
-"""One quantised tensor in one direction: operand, whether rowwise, its quantizer, shapes of data and scales,
-whether the scales are swizzled.
+_Made = tuple[Operand, bool, Any, torch.Size, bool]
+"""One quantised tensor in one direction: operand, whether rowwise, its quantizer, shape of the data, whether
+the scales are swizzled.
 """
 
 
@@ -77,65 +69,87 @@ class _Reduction:
 
     Attributes:
         made: the tensors.
+        shapes: of their scales.
         operands: those of the step so far, by slot: operand, whether rowwise, element format, whether the
             scales are powers of two.
         slots: of each of `operands`.
         blocks: of one tensor at most, by slot.
-        lengths: blocks of each of the tensors.
+        grids: how the scales of each tensor lie.
         slot_of: slot of each of them.
-        cut: positions in `made` of the scales that are sliced out of their padding, with rows and columns.
-        padded: of the others, rows and columns in use and allocated, and how they are swizzled; empty where
-            none has padding.
+        cut: positions in `made` of the scales that are sliced out of their padding.
         row_slots: slot of every tensor of the step so far.
+        kept: slots that are read: the columnwise ones only of what was never quantised rowwise.
+        specs: what is read of `kept`.
         device: index tensors on the device, by name.
     """
 
     made: list[_Made]
+    shapes: list[torch.Size]
     operands: tuple[tuple[Operand, bool, str, bool], ...]
     slots: dict[tuple[Operand, bool], int]
     blocks: dict[int, int]
-    lengths: list[int]
+    grids: tuple[ScaleGrid, ...]
     slot_of: list[int]
-    cut: tuple[tuple[int, int, int], ...]
-    padded: tuple[tuple[int, int, int, int, str], ...]
+    cut: tuple[int, ...]
     row_slots: list[int]
+    kept: list[int]
+    specs: tuple[ReadingSpec, ...]
     device: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recipe: str, made: list[_Made], before: _Reduction | None) -> _Reduction:
+    def of(
+        cls, recipe: str, made: list[_Made], shapes: list[torch.Size], before: _Reduction | None
+    ) -> _Reduction:
         slots = dict(before.slots) if before is not None else {}
         operands = list(before.operands) if before is not None else []
         blocks = dict(before.blocks) if before is not None else {}
-        lengths, slot_of, cut, grids = [], [], [], []
-        for position, (operand, rowwise, quantizer, data, scale, swizzled) in enumerate(made):
+        slot_of, cut, grids = [], [], []
+        for position, ((operand, rowwise, quantizer, data, swizzled), scale) in enumerate(
+            zip(made, shapes, strict=True)
+        ):
             slot = slots.get((operand, rowwise))
             if slot is None:
                 slot = slots[operand, rowwise] = len(operands)
                 power_of_two = bool(getattr(quantizer, "force_pow_2_scales", True))
                 operands.append((operand, rowwise, element_format(quantizer), power_of_two))
-            grid = _grid(recipe, quantizer, data, scale, rowwise, swizzled)
-            rows, columns, all_rows, all_columns, swizzle = grid
-            if not swizzle and _INDEXED_BLOCKS < rows * columns < all_rows * all_columns:
-                cut.append((position, rows, columns))
-                grid = (rows, columns, rows, columns, swizzle)
+            grid = scale_grid(recipe, quantizer, data, scale, rowwise=rowwise, swizzled=swizzled)
+            if not grid.swizzle and grid.padded and grid.used > _INDEXED_BLOCKS:
+                cut.append(position)
             grids.append(grid)
-            lengths.append(rows * columns)
             slot_of.append(slot)
-            blocks[slot] = max(blocks.get(slot, 0), rows * columns)
-        padded = any(
-            rows * columns != all_rows * all_columns for rows, columns, all_rows, all_columns, _ in grids
-        )
+            blocks[slot] = max(blocks.get(slot, 0), grid.used)
+        kept = [
+            slot
+            for slot, (operand, rowwise, _, _) in enumerate(operands)
+            if rowwise or (operand, True) not in slots
+        ]
         return cls(
             made,
+            shapes,
             tuple(operands),
             slots,
             blocks,
-            lengths,
+            tuple(grids),
             slot_of,
             tuple(cut),
-            tuple(grids) if padded else (),
             [*(before.row_slots if before is not None else ()), *slot_of],
+            kept,
+            _specs(recipe, tuple(operands[slot] for slot in kept)),
         )
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Blocks of each of the tensors."""
+        return [grid.used for grid in self.grids]
+
+    @functools.cached_property
+    def padded(self) -> tuple[ScaleGrid, ...]:
+        """How the scales lie once those that are cut are; empty where none has padding then."""
+        grids = list(self.grids)
+        for position in self.cut:
+            rows, columns, *_ = grids[position]
+            grids[position] = ScaleGrid(rows, columns, rows, columns, "")
+        return tuple(grids) if any(grid.padded for grid in grids) else ()
 
     def on(self, device: torch.device, name: str, make: Callable[[], np.ndarray]) -> Tensor:
         """What `make` returns, on the device; uploaded once."""
@@ -144,13 +158,21 @@ class _Reduction:
             tensor = self.device[name] = torch.from_numpy(make()).to(device, non_blocking=True)
         return tensor
 
-    def kept(self) -> list[int]:
-        """Slots that are read: the columnwise ones only of what was never quantised rowwise."""
-        return [
-            slot
-            for slot, (operand, rowwise, _, _) in enumerate(self.operands)
-            if rowwise or (operand, True) not in self.slots
-        ]
+    def index(self, device: torch.device, name: str) -> Tensor:
+        """The attribute of this name, as int64 on the device."""
+        return self.on(device, name, lambda: np.asarray(getattr(self, name), dtype=np.int64))
+
+    def most_blocks(self, device: torch.device) -> Tensor:
+        """`blocks`, fp64 on the device."""
+        return self.on(device, "blocks", lambda: np.asarray([*self.blocks.values()], dtype=np.float64))
+
+    def layout(self, device: torch.device) -> Tensor:
+        """`grids`, int64 (tensors, 5) on the device, swizzles by their place in `SWIZZLES`."""
+        return self.on(
+            device,
+            "grids",
+            lambda: np.asarray([(*grid[:4], SWIZZLES.index(grid.swizzle)) for grid in self.grids], np.int64),
+        )
 
 
 class BlockProbe(Probe):
@@ -184,7 +206,7 @@ class BlockProbe(Probe):
         if scale is None or not (blocks := scale.numel()):
             return  # an expert that got no token
         swizzled = getattr(tensor, "_with_gemm_swizzled_scales", False)
-        self._made.append((operand, rowwise, quantizer, data.shape, scale.shape, swizzled))
+        self._made.append((operand, rowwise, quantizer, data.shape, swizzled))
         # An alias, because Transformer Engine empties the attributes of saved tensors.
         self._waiting.append(scale.detach())
         self._waiting_blocks += blocks
@@ -203,24 +225,34 @@ class BlockProbe(Probe):
         counts = self._counts[-1]
         for earlier in self._counts[:-1]:  # more operands were known at the later ones
             counts[: earlier.shape[0]] += earlier
+        values = self._described(counts, last)
+        self.begin()
+        return Reading(last.specs, values)
+
+    def _described(self, counts: Tensor, last: _Reduction) -> Tensor:
+        """The readings of a step, fp32 (len(last.specs),)."""
         device = counts.device
-        blocks = last.on(device, "blocks", lambda: np.asarray([*last.blocks.values()], dtype=np.float64))
+        blocks, kept = last.most_blocks(device), last.index(device, "kept")
+        kernel = host_kernels.scale_distribution
+        if kernel is not None:
+            rows = torch.cat(self._rows) if self._rows else None
+            slots = last.index(device, "row_slots")
+            found = kernel(counts, self._format, blocks=blocks, kept=kept, exact=rows, slots=slots)
+            if found is not None:
+                return found
         exact = self._exact(last) if self._rows else None
         table = self._format.distribution(counts, self._indices, exact=exact, more=blocks)
-        kept = last.kept()
-        if len(kept) != len(last.operands):
-            table = table.index_select(1, last.on(device, "kept", lambda: np.asarray(kept, dtype=np.int64)))
-        specs = _specs(self._recipe, tuple(last.operands[slot] for slot in kept))
-        self.begin()
-        return Reading(specs, table.reshape(-1).float())
+        if len(last.kept) != len(last.operands):
+            table = table.index_select(1, kept)
+        return table.reshape(-1).float()
 
     def _exact(self, last: _Reduction) -> tuple[Tensor, Tensor]:
         """What fp32 scales have beyond their exponents, for they need not be powers of two: largest and
         smallest, mean and root mean square; fp64 (operands, 2) each.
         """
-        rows = torch.cat(self._rows)  # (tensors, 5): maximum, minimum, sum, sum of squares, number
+        rows = torch.cat(self._rows)
         size = len(last.operands)
-        slots = last.on(rows.device, "row_slots", lambda: np.asarray(last.row_slots, dtype=np.int64))
+        slots = last.index(rows.device, "row_slots")
         largest = rows.new_full((size,), -torch.inf).scatter_reduce_(0, slots, rows[:, 0], "amax")
         smallest = rows.new_full((size,), torch.inf).scatter_reduce_(0, slots, rows[:, 1], "amin")
         sums = rows.new_zeros((size, 3)).index_add_(0, slots, rows[:, 2:])
@@ -230,63 +262,65 @@ class BlockProbe(Probe):
 
     def _reduce(self) -> None:
         """Counts of the scales of every waiting tensor, in one pass over all of them."""
-        plan = self._planned()
-        waiting, self._waiting, self._made, self._waiting_blocks = self._waiting, [], [], 0
-        for position, rows, columns in plan.cut:
-            waiting[position] = waiting[position][:rows, :columns]
-        flat = torch._C._nn.flatten_dense_tensors(waiting)
-        if plan.padded:
-            index = plan.on(flat.device, "positions", lambda: _positions(plan.padded))
-            flat = flat.index_select(0, index)
-        if flat.dtype == torch.float32:
-            self._reduce_exactly(flat, plan)
-            codes = flat.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
-        else:
-            codes = flat
-        self._counts.append(histogram(codes, plan.lengths, plan.slot_of, len(plan.operands), plan.on))
+        waiting, made = self._waiting, self._made
+        plan = self._planned(made, [scale.shape for scale in waiting])
+        self._waiting, self._made, self._waiting_blocks = [], [], 0
+        counts, rows = self._counted(waiting, plan)
+        self._counts.append(counts)
+        if rows is not None:
+            self._rows.append(rows)
         self._reduced.append(plan)
 
-    def _planned(self) -> _Reduction:
+    def _planned(self, made: list[_Made], shapes: list[torch.Size]) -> _Reduction:
         number = len(self._reduced)
-        if number >= len(self._known) or self._known[number].made != self._made:
+        known = self._known[number] if number < len(self._known) else None
+        if known is None or known.made != made or known.shapes != shapes:
             before = self._reduced[-1] if self._reduced else None
-            self._known[number:] = [_Reduction.of(self._recipe, self._made, before)]
-        return self._known[number]
+            known = _Reduction.of(self._recipe, made, shapes, before)
+            self._known[number:] = [known]
+        return known
 
-    def _reduce_exactly(self, flat: Tensor, plan: _Reduction) -> None:
-        """Maximum, minimum, sum, sum of squares and number of the fp32 scales of each waiting tensor."""
-        exact = flat.double()
-        index = plan.on(flat.device, "lengths", lambda: np.asarray(plan.lengths, dtype=np.int64))
-        columns = [
-            torch.segment_reduce(data, reduce, lengths=index, unsafe=True)
-            for reduce, data in (("max", exact), ("min", exact), ("sum", exact), ("sum", exact.square()))
-        ]
-        self._rows.append(torch.stack([*columns, index.double()], dim=1))
+    def _counted(self, scales: list[Tensor], plan: _Reduction) -> tuple[Tensor, Tensor | None]:
+        """Counts of the scales by operand, int64 (operands, 256); and of fp32 scales, whose codes say only
+        how they begin, see `_rows`.
+        """
+        device = scales[0].device
+        kernel = host_kernels.scale_counts
+        if kernel is not None:
+            found = kernel(scales, plan.layout(device), plan.index(device, "slot_of"), len(plan.operands))
+            if found is not None:
+                return found
+        scales = list(scales)
+        for position in plan.cut:
+            rows, columns, *_ = plan.grids[position]
+            scales[position] = scales[position][:rows, :columns]
+        flat = torch._C._nn.flatten_dense_tensors(scales)
+        if plan.padded:
+            flat = flat.index_select(0, plan.on(device, "positions", lambda: used_positions(plan.padded)))
+        exact = None
+        codes = flat
+        if flat.dtype == torch.float32:
+            exact = _rows(flat, plan.index(device, "lengths"))
+            codes = flat.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
+        return histogram(codes, plan.lengths, plan.slot_of, len(plan.operands), plan.on), exact
 
 
-def _grid(
-    recipe: str, quantizer: Any, data: torch.Size, scale: torch.Size, rowwise: bool, swizzled: bool
-) -> tuple[int, int, int, int, str]:
-    """Rows and columns of scales in use and allocated, from the shapes, and how they are swizzled."""
-    swizzle = ""
-    if recipe == "nvfp4":
-        # Two codes a byte; columnwise data is stored transposed, so the same rule serves both directions.
-        used = (data.numel() // data[-1], -(-data[-1] // 8))
-        swizzle = "rowwise" if swizzled else ""
-    elif recipe == "mxfp8":
-        leading, last = data.numel() // data[-1], data[-1]
-        used = (leading, -(-last // 32)) if rowwise else (-(-leading // 32), last)
-        if swizzled:
-            swizzle = "rowwise" if rowwise else "columnwise"
-    else:
-        # Columnwise data is stored transposed, so the same rule serves both directions.
-        if rowwise:
-            leading, last = data.numel() // data[-1], data[-1]
-        else:
-            leading, last = data[0], data.numel() // data[0]
-        rows, columns = -(-leading // 128), -(-last // 128)
-        used = (rows, columns) if quantizer.block_scaling_dim == 2 else (columns, leading)
-    return (*used, scale[0], scale[1], swizzle)
+def _rows(scales: Tensor, lengths: Tensor) -> Tensor:
+    """Maximum, minimum, sum, sum of squares and number of the fp32 scales of tensors.
+
+    Args:
+        scales: fp32 (n,), one tensor after the other.
+        lengths: int64 (tensors,), scales of each.
+
+    Returns:
+        fp64 (tensors, 5).
+    """
+    exact = scales.double()
+    columns = [
+        torch.segment_reduce(data, reduce, lengths=lengths, unsafe=True)
+        for reduce, data in (("max", exact), ("min", exact), ("sum", exact), ("sum", exact.square()))
+    ]
+    return torch.stack([*columns, lengths.double()], dim=1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -302,36 +336,3 @@ def _specs(recipe: str, operands: tuple[tuple[Operand, bool, str, bool], ...]) -
         for name, combine in named
         for operand, _, fmt, power_of_two in operands
     )
-
-
-def _positions(grids: Sequence[tuple[int, int, int, int, str]]) -> np.ndarray:
-    """Positions of the scales in use within the concatenation of all allocated ones, int64."""
-    parts, start = [], 0
-    for grid in grids:
-        parts.append(unpadded_positions(*grid) + start)
-        start += grid[2] * grid[3]
-    return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=256)
-def unpadded_positions(rows: int, columns: int, all_rows: int, all_columns: int, swizzle: str) -> np.ndarray:
-    """Flat positions, int64 (rows * columns,), of the scales in use in an allocation of all_rows x
-    all_columns, in the order of the blocks (columnwise: of the transposed array).
-
-    Args:
-        swizzle: "" for a plain row-major array, "rowwise" for tiles of 128 x 4 in the order of cuBLAS' block
-            scaling layout (row r, column c of a tile lie at (r % 32) * 16 + (r // 32) * 4 + c), "columnwise"
-            for the same of the transposed array.
-    """
-    if swizzle == "" and rows * columns == all_rows * all_columns:
-        return np.arange(rows * columns, dtype=np.int64)
-    r, c = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    if swizzle == "":
-        return (r * all_columns + c).reshape(-1)
-    tiles = all_columns // 4
-    if swizzle == "columnwise":
-        r, c, tiles = c, r, all_rows // 4
-    tile = (r // 128) * tiles + c // 4
-    inside = (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4
-    positions: np.ndarray = (tile * 512 + inside).reshape(-1)
-    return positions

@@ -12,6 +12,7 @@ exactly for E8M0 and E4M3, and for fp32 scales that are powers of two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,16 @@ class ScaleFormat:
         largest = everything - cumulative[:, self.largest - 1 : self.largest]
         shares = torch.cat([lowest, largest], dim=1) / everything
         return torch.cat([ends, mean, found[:, 2:], shares, more[:, None], number.double()], dim=1).t()
+
+    @functools.cached_property
+    def host_values(self) -> Tensor:
+        """`values` on the host, fp64 (256,)."""
+        return torch.tensor(self.values, dtype=torch.float64, device="cpu")
+
+    @functools.cached_property
+    def host_percentiles(self) -> Tensor:
+        """`PERCENTILES` on the host, int64."""
+        return torch.tensor(PERCENTILES, dtype=torch.int64, device="cpu")
 
     def _table(self, device: torch.device, indices: IndexCache, name: str) -> Tensor:
         """What each code stands for, on the device; uploaded once. "values" is fp64 (256,), "moments" is fp64

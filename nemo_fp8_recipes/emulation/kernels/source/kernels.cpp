@@ -1,5 +1,6 @@
 // The C interface of the kernels: plain pointers and numbers, called through ctypes. Matrices are contiguous
 // and row-major; a null pointer means that the output is not asked for.
+#include "block_scales.hpp"
 #include "blocks.hpp"
 #include "elements.hpp"
 #include "hadamard.hpp"
@@ -162,6 +163,31 @@ KERNEL void nemo_fp8_measure(const void* x, int32_t input, int64_t m, int64_t k,
                            sums.bulk_noise,
                            as_float(sums.largest)};
   std::copy(std::begin(number), std::end(number), out);
+}
+
+// `grids` has five numbers a tensor, see `ScaleGrid`; `exact` five doubles a tensor, see `ExactScales`, where the
+// scales are fp32. `counts` is added to.
+KERNEL void nemo_fp8_scale_counts(int64_t tensors, const void* const* scales, const int64_t* grids,
+                                  const int64_t* slots, int32_t fp32, int64_t* counts, double* exact) {
+  scale_counts(tensors, scales, reinterpret_cast<const ScaleGrid*>(grids), slots, fp32 != 0, counts,
+               reinterpret_cast<ExactScales*>(exact));
+}
+
+// Describes the operands `kept` of `counts`; `exact` is null, or describes `tensors` tensors of the operands
+// `slots`. `out` has a row of kept numbers for each statistic.
+KERNEL void nemo_fp8_scale_distribution(const int64_t* counts, int64_t operands, const double* values,
+                                        int64_t largest, int32_t zero_is_empty, const int64_t* percentiles,
+                                        int64_t percentile_count, const double* exact, int64_t tensors,
+                                        const int64_t* slots, const double* blocks, const int64_t* kept,
+                                        int64_t kept_count, float* out) {
+  std::vector<ExactScales> described(exact ? operands : 0);
+  for (int64_t tensor = 0; exact && tensor < tensors; ++tensor)
+    described[slots[tensor]].add(reinterpret_cast<const ExactScales*>(exact)[tensor]);
+  for (int64_t i = 0; i < kept_count; ++i) {
+    const int64_t operand = kept[i];
+    describe_scales(counts + operand * kCodes, {values, largest, zero_is_empty != 0}, percentiles,
+                    percentile_count, exact ? &described[operand] : nullptr, blocks[operand], out + i, kept_count);
+  }
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,7 +194,7 @@ class AmaxGrowth(RuleCheck):
 
     def forget(self) -> None:
         # The last steps, in any order: the newest takes the place of the oldest.
-        self._steps = np.zeros(self._rule.window)
+        self._steps = [0] * self._rule.window
         self._logs = np.zeros((self._rule.window, 0))
         self._seen = 0
 
@@ -212,13 +213,11 @@ class AmaxGrowth(RuleCheck):
         none = Finding(np.zeros(size, dtype=bool), np.full(size, np.nan), window=window)
         if self._seen < window:
             return none
-        x, y = self._steps - self._steps.mean(), self._logs
-        length = x.max() - x.min()
-        # A line through values that differ by d rises by at most so many times d: where half of them are at
-        # the one end of the range and half at the other.
-        steepest = np.abs(x).sum() / 2 * length / (x @ x)
-        if not ((y.max(axis=0) - y.min(axis=0)) * steepest >= np.log2(self.limit)).any():
+        y = self._logs
+        if not (y.max(axis=0) - y.min(axis=0) >= self._least_difference()).any():
             return none
+        x = np.asarray(self._steps, dtype=np.float64)
+        length, x = x.max() - x.min(), x - x.mean()
         deviation = y - y.mean(axis=0)
         slope = x @ deviation / (x @ x)
         spread = (deviation**2).sum(axis=0)
@@ -227,6 +226,15 @@ class AmaxGrowth(RuleCheck):
             growth = np.exp2(slope * length)
             violated = (growth > self.limit) & (r_squared >= self._rule.steadiness)
         return Finding(violated, growth, window=window)
+
+    def _least_difference(self) -> float:
+        """Between the values of an operand in log2, where a line through them may rise above the limit. It
+        rises by the most where half of them are at the one end of their range and half at the other.
+        """
+        mean = sum(self._steps) / len(self._steps)
+        distances = [abs(step - mean) for step in self._steps]
+        steepest = sum(distances) / 2 * (max(self._steps) - min(self._steps))
+        return math.log2(self.limit) * sum(one * one for one in distances) / steepest
 
 
 class RanksDisagree(RuleCheck):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,11 +143,11 @@ class _SerializedScalars:
 
     def event(self, step: int, values: np.ndarray) -> bytes:
         """The event of `step` with these numbers, fp32 (scalars,)."""
-        from tensorboard.compat.proto import event_pb2
-
         self._bytes[self._places] = values.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4)
-        head = event_pb2.Event(wall_time=time.time(), step=step).SerializeToString()
-        return b"".join((head, self._prefix, self._bytes.tobytes()))
+        head = struct.pack(
+            "<Bd", 0x09, time.time()
+        )  # the tags are field << 3 | type: 1 is eight bytes, 0 a varint
+        return b"".join((head, b"\x10", _varint(step), self._prefix, self._bytes.tobytes()))
 
 
 def _varint(number: int) -> bytes:

@@ -93,8 +93,24 @@ def decode_packed(packed: Tensor) -> Tensor:
     Returns:
         fp32 [..., K].
     """
-    pairs = torch.tensor(_VALUES_OF_BYTES).to(packed.device)
-    return embedding(packed.to(torch.int32), pairs).flatten(-2)
+    return embedding(packed.to(torch.int32), _pairs(packed)).flatten(-2)
+
+
+_uploaded: dict[torch.device, Tensor] = {}
+
+
+def _pairs(packed: Tensor) -> Tensor:
+    """The two values of every byte, fp32 (256, 2), where `packed` is. Uploaded once: a copy to a GPU waits
+    for it.
+    """
+    # Tensors of another kind, such as those that only say what they would be, mix with none of torch's own.
+    kept = type(packed) is Tensor
+    pairs = _uploaded.get(packed.device) if kept else None
+    if pairs is None:
+        pairs = torch.tensor(_VALUES_OF_BYTES).to(packed.device)
+        if kept:
+            _uploaded[packed.device] = pairs
+    return pairs
 
 
 def pack(codes: Tensor) -> Tensor:

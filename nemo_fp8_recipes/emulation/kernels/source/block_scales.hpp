@@ -41,11 +41,11 @@ struct ScaleGrid {
   }
 };
 
-typedef uint8_t Lanes __attribute__((vector_size(64)));
-constexpr int64_t kLanes = sizeof(Lanes);
+typedef uint8_t CodeLanes __attribute__((vector_size(64)));
+constexpr int64_t kCodeLanes = sizeof(CodeLanes);
 
-inline Lanes lanes_at(const uint8_t* codes) {
-  Lanes lanes;
+inline CodeLanes code_lanes_at(const uint8_t* codes) {
+  CodeLanes lanes;
   std::memcpy(&lanes, codes, sizeof lanes);
   return lanes;
 }
@@ -54,10 +54,10 @@ inline Lanes lanes_at(const uint8_t* codes) {
 inline int64_t count_equal(const uint8_t* codes, int64_t count, uint8_t code) {
   int64_t found = 0;
   for (int64_t begin = 0; begin < count;) {
-    const int64_t end = std::min(count, begin + 255 * kLanes);  // a lane counts to 255
-    Lanes lanes = {};
-    for (; begin < end; begin += kLanes) lanes -= Lanes(lanes_at(codes + begin) == code);
-    uint8_t each[kLanes];
+    const int64_t end = std::min(count, begin + 255 * kCodeLanes);  // a lane counts to 255
+    CodeLanes lanes = {};
+    for (; begin < end; begin += kCodeLanes) lanes -= CodeLanes(code_lanes_at(codes + begin) == code);
+    uint8_t each[kCodeLanes];
     std::memcpy(each, &lanes, sizeof each);
     for (uint8_t lane : each) found += lane;
   }
@@ -90,15 +90,15 @@ class Histogram {
   static constexpr int kFew = 24;            // different codes for which looking for each is faster
 
   void add_part(const uint8_t* codes, int64_t count) {
-    const int64_t whole = count / kLanes * kLanes;
-    Lanes least = ~Lanes{}, most = {};  // of those that are not 0, which stands apart
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Lanes lanes = lanes_at(codes + i), lifted = lanes - 1;  // 0 becomes 255
+    const int64_t whole = count / kCodeLanes * kCodeLanes;
+    CodeLanes least = ~CodeLanes{}, most = {};  // of those that are not 0, which stands apart
+    for (int64_t i = 0; i < whole; i += kCodeLanes) {
+      const CodeLanes lanes = code_lanes_at(codes + i), lifted = lanes - 1;  // 0 becomes 255
       least = lifted < least ? lifted : least;
       most = lanes > most ? lanes : most;
     }
     int lowest = 255, highest = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t lane = 0; lane < kCodeLanes; ++lane) {
       lowest = std::min(lowest, least[lane] + 1);
       highest = std::max(highest, int(most[lane]));
     }

@@ -11,8 +11,9 @@ stands around Transformer Engine's quantising functions (the median of the steps
 functions are there in the steps without telemetry too, and what they take then is not counted as telemetry's.
 
 In a run of its own, nvdlfw-inspect (`pip install -r requirements/benchmarks.txt`) logs Transformer Engine's
-LogFp8TensorStats for the same operands in every step: underflows%, scale_inv_min, scale_inv_max and mse.
-What it adds is compared with what the stats tier adds, whose statistics include those.
+LogFp8TensorStats for the same operands in every step: underflows%, scale_inv_min, scale_inv_max and mse. For
+nvfp4, which that does not know, it is LogNvfp4TensorStats, whose statistics are underflows% and mse. What it
+adds is compared with what the stats tier adds, whose statistics include those and are more.
 
 Emulated kernels are slow, and so is a step: shares of it say little about a GPU, where launches and waiting
 count. Those are what tests/telemetry asserts.
@@ -39,12 +40,12 @@ RESULT = "@@measured "
 FEATURES = """
 telemetry_overhead:
   enabled: true
-  layers: {layer_name_regex_pattern: .*}
+  layers: {{layer_name_regex_pattern: .*}}
   transformer_engine:
-    LogFp8TensorStats:
+    {feature}:
       enabled: true
       tensors: [activation, gradient, weight]
-      stats: ["underflows%", scale_inv_min, scale_inv_max, mse]
+      stats: [{stats}]
       freq: 1
 """
 
@@ -65,7 +66,7 @@ def worker(contender: str, arguments: list[str]) -> int:
         from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam
         from nemo_fp8_recipes.training.trainer import Trainer
 
-        end_of_step = _inspect() if contender == "inspect" else None
+        end_of_step = _inspect("fp8_recipe=nvfp4" in arguments) if contender == "inspect" else None
         step = Trainer._step
         spent = [0.0]
 
@@ -149,13 +150,16 @@ def clocked(function, seconds: list[float]):
     return call
 
 
-def _inspect():
+def _inspect(nvfp4: bool):
     """Start nvdlfw-inspect with Transformer Engine's features; what to call after each step."""
     import nvdlfw_inspect.api as inspect
     import transformer_engine
 
     directory = Path(tempfile.mkdtemp())
-    (directory / "features.yaml").write_text(FEATURES)
+    feature, stats = "LogFp8TensorStats", '"underflows%", scale_inv_min, scale_inv_max, mse'
+    if nvfp4:
+        feature, stats = "LogNvfp4TensorStats", '"underflows%", mse'
+    (directory / "features.yaml").write_text(FEATURES.format(feature=feature, stats=stats))
     inspect.initialize(
         config_file=str(directory / "features.yaml"),
         feature_dirs=[str(Path(transformer_engine.__file__).parent / "debug" / "features")],

@@ -146,50 +146,55 @@ inline void add_squares(const float* __restrict x, const float* __restrict value
   }
 }
 
-// The `top`-th largest of the magnitudes, as fp32 bits; `magnitudes` is left in another order.
-inline int32_t nth_largest(std::vector<int32_t>& magnitudes, int64_t top) {
-  // Most lie far below: a few of them give a bound that a few in a hundred exceed, and only those are sorted.
-  constexpr size_t kApart = 64;
+// The `top`-th largest of `size` numbers, of which `at` gives each.
+template <class At>
+inline int32_t nth_largest(int64_t size, int64_t top, At at) {
+  // Most lie far below: a few of them give a bound that a few in a hundred reach, and only those are kept.
+  constexpr int64_t kApart = 64;
   const auto descending = [](int32_t a, int32_t b) { return a > b; };
-  const size_t size = magnitudes.size();
-  std::vector<int32_t> some;
-  for (size_t i = kApart / 2; i < size; i += kApart) some.push_back(magnitudes[i]);
-  if (some.size() >= 64) {
-    const auto guess = some.begin() + std::min<int64_t>(3 * top / int64_t(kApart) + 4, int64_t(some.size()) - 1);
+  int32_t bound = 0;
+  if (size >= kApart * kApart) {
+    std::vector<int32_t> some;
+    for (int64_t i = kApart / 2; i < size; i += kApart) some.push_back(at(i));
+    const auto guess = some.begin() + std::min<int64_t>(3 * top / kApart + 4, int64_t(some.size()) - 1);
     std::nth_element(some.begin(), guess, some.end(), descending);
-    const int32_t bound = *guess;
-    std::vector<int32_t> above(size);
-    size_t number = 0;
-    for (size_t i = 0; i < size; ++i) {
-      above[number] = magnitudes[i];
-      number += magnitudes[i] >= bound;
-    }
-    if (int64_t(number) >= top) {
-      above.resize(number);
-      magnitudes.swap(above);
-    }
+    bound = *guess;
   }
-  std::nth_element(magnitudes.begin(), magnitudes.begin() + (top - 1), magnitudes.end(), descending);
-  return magnitudes[static_cast<size_t>(top - 1)];
+  // Kept for the next call, as fresh memory costs more than what is done in it.
+  static thread_local std::vector<int32_t> kept;
+  if (int64_t(kept.size()) < size) kept.resize(static_cast<size_t>(size));
+  int64_t number = 0;
+  const auto keep = [&] {
+    number = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t one = at(i);
+      kept[static_cast<size_t>(number)] = one;
+      number += one >= bound;
+    }
+  };
+  keep();
+  if (number < top) {
+    bound = 0;
+    keep();
+  }
+  std::nth_element(kept.begin(), kept.begin() + (top - 1), kept.begin() + number, descending);
+  return kept[static_cast<size_t>(top - 1)];
 }
 
 // The `top`-th largest magnitude of every `stride`-th of `count` elements, as fp32 bits; NaN and Inf are zero.
 inline int32_t bulk_limit(Input x, int64_t count, int64_t stride, int64_t top) {
-  std::vector<int32_t> sample(static_cast<size_t>((count + stride - 1) / stride));
-  const auto take = [&](auto bits_at) {
-    for (size_t i = 0; i < sample.size(); ++i) {
-      const int32_t magnitude = bits_at(int64_t(i) * stride) & kMagnitude;
-      sample[i] = magnitude < kInfinity ? magnitude : 0;
-    }
+  const auto of = [&](auto bits_at) {
+    return nth_largest((count + stride - 1) / stride, top, [&](int64_t i) {
+      const int32_t magnitude = bits_at(i * stride) & kMagnitude;
+      return magnitude < kInfinity ? magnitude : 0;
+    });
   };
   if (x.type == kFloat32) {
-    take([values = static_cast<const float*>(x.data)](int64_t i) { return as_bits(values[i]); });
-  } else if (x.type == kBFloat16) {
-    take([values = static_cast<const uint16_t*>(x.data)](int64_t i) { return int32_t(values[i]) << 16; });
-  } else {
-    take([values = static_cast<const uint16_t*>(x.data)](int64_t i) { return as_bits(from_float16(values[i])); });
+    return of([values = static_cast<const float*>(x.data)](int64_t i) { return as_bits(values[i]); });
   }
-  return nth_largest(sample, top);
+  const auto* halves = static_cast<const uint16_t*>(x.data);
+  if (x.type == kBFloat16) return of([=](int64_t i) { return int32_t(halves[i]) << 16; });
+  return of([=](int64_t i) { return as_bits(from_float16(halves[i])); });
 }
 
 // Compares x [m, k] with what its codes stand for. `stride` and `top` say how the bulk's limit is found. The sums

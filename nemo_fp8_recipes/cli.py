@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from nemo_fp8_recipes import __version__
+from nemo_fp8_recipes import __version__, dependencies
 from nemo_fp8_recipes.errors import ConfigError, Fp8Error, nearest
 
 __all__ = ["COMMANDS", "main"]
@@ -89,6 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"nemo-fp8 {__version__}")
         return 0
     command = _find(arguments[0])
+    dependencies.require()
     module = cast("CommandModule", importlib.import_module(command.module))
     if any(argument in ("-h", "--help") for argument in _ours(arguments)):
         print(module.HELP.strip())
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fp8Error as error:
         if debug:
             traceback.print_exc()
-        print(f"nemo-fp8: {error}", file=sys.stderr)
+        for line in (error, *getattr(error, "__notes__", ())):
+            print(f"nemo-fp8: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("nemo-fp8: interrupted", file=sys.stderr)

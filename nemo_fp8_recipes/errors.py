@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DependencyError",
     "EmulationError",
     "Fp8Error",
     "InjectionError",
@@ -96,6 +97,10 @@ class EmulationError(Fp8Error):
 
 class CheckpointError(Fp8Error):
     """A checkpoint that is missing, incomplete, corrupt or of another configuration."""
+
+
+class DependencyError(Fp8Error, ImportError):
+    """A package that this one depends on is not installed."""
 
 
 class DataError(Fp8Error):

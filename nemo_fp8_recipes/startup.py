@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from nemo_fp8_recipes import config as configuration
-from nemo_fp8_recipes import emulation, preflight, recipes
+from nemo_fp8_recipes import dependencies, emulation, preflight, recipes
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.recipes.modules import ModuleRecipe, module_recipes_of, recipes_of
 from nemo_fp8_recipes.recipes.schedule import Schedule, schedule_of
@@ -77,7 +77,9 @@ def start(
         EmulationError: the device asked for cannot be had here.
         RecipeError: the recipe cannot take its options.
         ConfigError: a device is given beside a configuration that names one.
+        DependencyError: a package that this one depends on is not installed.
     """
+    dependencies.require()
     config, knows_model = _configuration(job, device, hardware)
     schedule = schedule_of(config)
     modules = module_recipes_of(config, schedule)

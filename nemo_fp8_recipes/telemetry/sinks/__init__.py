@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_fp8_recipes.dependencies import explained
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.telemetry.schema import SINKS
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
@@ -22,11 +23,13 @@ def build(sinks: Iterable[Any], run_dir: Path, metadata: Mapping[str, Any]) -> l
 
     Raises:
         ConfigError: no such sink, or an object that is none.
+        DependencyError: the library that a sink writes with is not installed.
     """
-    return [
-        _make(sink, run_dir, metadata) if isinstance(sink, str) and sink in SINKS else adopt(sink)
-        for sink in sinks
-    ]
+    with explained():
+        return [
+            _make(sink, run_dir, metadata) if isinstance(sink, str) and sink in SINKS else adopt(sink)
+            for sink in sinks
+        ]
 
 
 def adopt(given: Any) -> Sink:

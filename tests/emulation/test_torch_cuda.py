@@ -224,6 +224,18 @@ def test_data_loading_with_pinned_memory() -> None:
     assert [batch[0].tolist() for batch in batches] == [[0, 1], [2, 3]]
 
 
+def test_the_accelerator_is_none_whatever_torch_was_built_with() -> None:
+    """A torch built with CUDA would ask a driver that is not there."""
+    assert torch.accelerator.current_accelerator() is None
+    assert not torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == 0
+
+
+def test_a_cuda_graph_is_refused_in_words_of_ours() -> None:
+    with pytest.raises(RuntimeError, match="CUDAGraph cannot be made: the device is emulated"):
+        torch.cuda.CUDAGraph()
+
+
 def test_torch_compile_stays_usable() -> None:
     """Up to the backend that would need a C++ compiler."""
 

@@ -65,6 +65,9 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     def can_device_access_peer(device: Any, peer_device: Any) -> bool:
         return False
 
+    def _accelerator_getAccelerator() -> None:
+        return None
+
     reason = "torch was built without CUDA, or finds no device"
     for function in (
         is_available,
@@ -85,6 +88,13 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
         ledger.set(torch.cuda, function.__name__, function, reason)
     ledger.set(torch.cuda, "device", _DeviceContext, "selecting the one posing device changes nothing")
     ledger.set(torch.cuda, "device_of", _DeviceContext, "selecting the one posing device changes nothing")
+    ledger.set(
+        torch._C,
+        _accelerator_getAccelerator.__name__,
+        _accelerator_getAccelerator,
+        "torch.accelerator knows streams of a real device only: a torch built with CUDA has none either, as "
+        "one built without",
+    )
     ledger.set(torch.version, "cuda", CUDA_VERSION, "Transformer Engine's checks compare the CUDA version")
 
 

@@ -139,6 +139,13 @@ def apply(ledger: PatchLedger) -> None:
     ledger.set(torch.cuda, "ExternalStream", Stream, reason)
     ledger.set(torch.cuda, "Event", Event, reason)
 
+    def __new__(cls: type, *_args: Any, **_options: Any) -> Any:
+        raise RuntimeError(
+            "A CUDAGraph cannot be made: the device is emulated, and there is nothing to capture."
+        )
+
+    ledger.set(torch.cuda.graphs.CUDAGraph, "__new__", __new__, reason)
+
     def range_push(msg: str) -> int:
         return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -15,6 +16,9 @@ from nemo_fp8_recipes.errors import RunDirectoryError
 __all__ = ["atomic_write_json", "atomic_write_text", "writing"]
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an `OSError` (no permission, no space, read-only) into a `RunDirectoryError` that names `path`."""
@@ -25,7 +29,9 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {path}: {error.strerror or error}.",
             key="run_dir",
             value=str(path),
-            hint="Choose a directory with room that you may write to: run_dir=PATH.",
+            hint="Make room there and go on with training.resume=PATH, or choose another run_dir=PATH."
+            if error.errno in _FULL
+            else "Choose a directory that you may write to: run_dir=PATH.",
         ) from error
 
 

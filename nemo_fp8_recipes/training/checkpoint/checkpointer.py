@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
 from nemo_fp8_recipes.errors import CheckpointError
 from nemo_fp8_recipes.recipes import Recipe
@@ -64,6 +67,24 @@ def verify(path: Path, job: Mapping[str, Any]) -> None:
     agree(lambda: safe_load.check_metadata(path))
 
 
+_NO_ROOM = 1 << 20  # bytes: what a file system that is full may still call free
+
+
+def _why(error: BaseException, place: Path) -> str:
+    """The reason in the operating system's words where it is known. The writer of torch's files covers it up
+    with one of its own, and what another rank raised arrives without its cause."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    first: BaseException = next((failure for failure, _ in failures), error)
+    link: BaseException | None = first
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    if shutil.disk_usage(place).free < _NO_ROOM:
+        return os.strerror(errno.ENOSPC)
+    return str(first).rstrip(".")
+
+
 @dataclass(frozen=True)
 class Checkpointer:
     """Saves and loads model, optimizer, schedule, data position, random states and delayed-scaling state.
@@ -108,11 +129,15 @@ class Checkpointer:
             dist_checkpointing.save(
                 state, str(path), sharded_strategy=save_strategy(), content_metadata=dict(LAYOUT)
             )
-        except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        except (
+            OSError,
+            RuntimeError,
+            CheckpointException,
+            dist_checkpointing.core.CheckpointingException,
+        ) as error:
+            refused = self._cannot_save(path, error)
             shutil.rmtree(path, ignore_errors=True)  # incomplete either way: it has no marker
-            raise CheckpointError(
-                f"Cannot save {path}: {error}.", key="training.save_every", hint="Is the disk full?"
-            ) from error
+            raise refused from error
         self._complete(path, position)
         return path
 
@@ -152,6 +177,18 @@ class Checkpointer:
                 (path / directories.MARKER).unlink(missing_ok=True)
                 shutil.rmtree(path)
             path.mkdir(parents=True)
+
+    def _cannot_save(self, path: Path, error: BaseException) -> CheckpointError:
+        newest = directories.newest_complete_step(self.checkpoints)
+        kept = (
+            f"The newest that is complete is of step {newest}" if newest is not None else "None is complete"
+        )
+        return CheckpointError(
+            f"Cannot save {path}: {_why(error, self.checkpoints)}. {kept}.",
+            key="training.save_every",
+            value=str(path),
+            hint=f"If the disk is full, make room, then go on: training.resume={self.checkpoints.parent}",
+        )
 
     def _complete(self, path: Path, position: Position) -> None:
         """Digest the files, each rank its own, and let rank 0 write the marker and delete old checkpoints."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import Fp8Error, ReportError
 from nemo_fp8_recipes.injection.rows import Manifest
+from nemo_fp8_recipes.launch.runs.state import read_run_state
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.training.metrics import read_metrics
@@ -27,7 +28,7 @@ class Run:
 
     Attributes:
         path: the run directory.
-        record: `run.json`.
+        record: `run.json`; the status "running" that a killed job left there is "interrupted" here.
         metrics: rows of `metrics.jsonl`, ascending by step; a number that was not finite is None.
         manifest: what each module did, None before the first step has ended.
         telemetry: rows of the telemetry store.
@@ -77,13 +78,22 @@ def load(path: str | Path) -> Run:
         raise ReportError(error.message, value=str(path), allowed=error.allowed, hint=error.hint) from error
     return Run(
         path,
-        record,
+        _as_it_stands(path, record),
         tuple(_metrics(path / "metrics.jsonl")),
         _manifest(path / "manifest.json"),
         store.read(path, stat=None),
         tuple(store.read_alerts(path)),
         _manifests(path / MANIFESTS),
     )
+
+
+def _as_it_stands(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    if record.get("status") != "running":
+        return record
+    found = read_run_state(path)
+    if found.state in ("running", "unreadable"):
+        return record
+    return {**record, "status": found.state, "error": found.reason}
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

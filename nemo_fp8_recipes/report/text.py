@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_fp8_recipes.report.curve import plot, trend
 from nemo_fp8_recipes.report.effect import TensorEffect, earlier, effects
@@ -52,12 +52,13 @@ def _header(run: Run, console: Console) -> None:
 
     record = run.record
     table = Table.grid(padding=(0, 2))
+    ended = record.get("ended")
     status = str(record.get("status", "unknown"))
     if record.get("error"):
         status += f": {record['error']}"
     rows = [
         ("run", str(run.path)),
-        ("status", f"{status}{_duration(record.get('started'), record.get('ended'))}"),
+        ("status", status + (_duration(record) if ended or record.get("status") == "running" else "")),
         ("recipe", _options(run)),
         ("device", str(record.get("device", "unknown"))),
     ]
@@ -80,9 +81,10 @@ def _options(run: Run) -> str:
     return f"{run.recipe} ({options})" if options else run.recipe
 
 
-def _duration(started: object, ended: object) -> str:
+def _duration(record: Mapping[str, Any]) -> str:
+    ended = record.get("ended")
     try:
-        first = datetime.datetime.fromisoformat(str(started))
+        first = datetime.datetime.fromisoformat(str(record.get("started")))
         last = datetime.datetime.fromisoformat(str(ended)) if ended else datetime.datetime.now(first.tzinfo)
     except (TypeError, ValueError):
         return ""
@@ -167,10 +169,12 @@ def _alerts(run: Run, console: Console) -> None:
 def _nothing(run: Run) -> str:
     if run.recipe == "bf16":
         return "The recipe is bf16: no tensor is quantised, so there is no amax or scale to show."
-    return (
-        "No amax or scale has been written yet. The run writes them every telemetry.flush_every logging "
-        "steps and when it ends; telemetry.sinks must name parquet."
-    )
+    if run.record.get("status") == "running":
+        return (
+            "No amax or scale has been written yet. The run writes them every telemetry.flush_every logging "
+            "steps and when it ends; telemetry.sinks must name parquet."
+        )
+    return "The run wrote no amax or scale: telemetry.sinks must name parquet, and its disk have room."
 
 
 def _grouped(found: Sequence[TensorEffect]) -> Iterator[list[TensorEffect]]:

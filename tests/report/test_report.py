@@ -21,6 +21,7 @@ from nemo_fp8_recipes.report.effect import effects
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.store import StoreWriter
+from nemo_fp8_recipes.training.run_directory import RunDirectory
 from tests.injection.examples import gpt_manifest
 from tests.report.runs import make
 
@@ -37,6 +38,27 @@ def test_header_and_loss(tmp_path: Path) -> None:
     assert "finished, 2 min 11 s" in output
     assert "emulated h100" in output
     assert "Loss 5.0000 → 3.1000 (step 1 → 20)" in output
+
+
+def _runs(path: Path) -> RunDirectory:
+    """Make the run look as while it trains, until what is returned is closed."""
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**record, "status": "running", "ended": None}))
+    return RunDirectory.reopen(path)
+
+
+def test_a_run_that_was_killed_does_not_run(tmp_path: Path) -> None:
+    """`run.json` still says running; the lock that its process held is gone with it."""
+    make(tmp_path, telemetry=False)
+    run = _runs(tmp_path)
+    assert "status  running, " in shown(tmp_path)
+    assert "so far" in shown(tmp_path)
+    assert "No amax or scale has been written yet." in shown(tmp_path)
+    run.close()
+    output = shown(tmp_path)
+    assert "status  interrupted: its process is gone without a word" in output
+    assert "so far" not in output
+    assert "The run wrote no amax or scale" in output
 
 
 def test_effect_says_what_happened_to_each_tensor(tmp_path: Path) -> None:
@@ -150,7 +172,9 @@ def test_the_report_fits_the_terminal(tmp_path: Path, width: int) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     make(tmp_path, telemetry=False)
     (tmp_path / "metrics.jsonl").unlink()
+    run = _runs(tmp_path)
     output = shown(tmp_path)
+    run.close()
     assert "No step has been logged yet." in output
     assert "No amax or scale has been written yet." in output
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nemo_fp8_recipes.launch import worker
+from nemo_fp8_recipes.launch import notice, worker
 from nemo_fp8_recipes.launch.directory import LaunchDirectory
 from nemo_fp8_recipes.launch.progress import HangWatch
 
@@ -39,8 +39,11 @@ def _say(text: str) -> None:
     print(f"nemo-fp8 launch: {text}", file=sys.stderr, flush=True)
 
 
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the agent is gone, upon which torchrun ends its workers (Linux)."""
+def _prepare_child() -> None:
+    """In the child: these two mean nothing until it knows what to do about them; SIGTERM when the agent is
+    gone, upon which torchrun ends its workers (Linux)."""
+    for number in (worker.STOP, worker.DUMP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -71,8 +74,19 @@ class Agent:
 
     def run(self) -> int:
         """Start the processes, wait for their end, and return the job's exit status on this node."""
-        # The children ignore these two until they know what to do about them.
-        inherited = {number: signal.signal(number, signal.SIG_IGN) for number in (worker.STOP, worker.DUMP)}
+        with self._signals():  # before there is a child: what comes from now on is not lost
+            if notice.given():
+                self.asked = signal.SIGUSR1
+                _say("the job's time is nearly up before it has begun: nothing is started.")
+                return 128 + signal.SIGTERM
+            child = self._start()
+            try:
+                self._wait(child)
+            finally:
+                self._kill(child)
+        return self._status(child.returncode)
+
+    def _start(self) -> subprocess.Popen[bytes]:
         environment = {
             **self.environment,
             worker.LAUNCH_DIR: str(self.directory.path),
@@ -81,28 +95,21 @@ class Agent:
         }
         with contextlib.ExitStack() as files:
             output = files.enter_context(self.output.open("ab")) if self.output is not None else None
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 list(self.command),
                 env=environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which says it on
-                preexec_fn=_end_with_parent,
+                preexec_fn=_prepare_child,
             )
-        try:
-            with self._signals():
-                self._wait(child)
-        finally:
-            self._kill(child)
-            for number, handler in inherited.items():
-                signal.signal(number, handler)
-        return self._status(child.returncode)
 
     # -- waiting -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
+        before[worker.DUMP] = signal.signal(worker.DUMP, signal.SIG_IGN)  # meant for the ranks
         try:
             yield
         finally:
@@ -121,6 +128,8 @@ class Agent:
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
             shown.show()
+            if self.asked is None and notice.given():
+                self.asked = signal.SIGUSR1
             if self.asked is not None:
                 if deadline is None:
                     deadline = time.monotonic() + self.stop_timeout

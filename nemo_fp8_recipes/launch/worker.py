@@ -52,6 +52,16 @@ class _Stopping:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(STOP, self._on_stop)
+        os.register_at_fork(after_in_child=self._leave)
+
+    def _leave(self) -> None:
+        """In a forked child: what ends a data loader is no wish to stop its parent, which the shared
+        descriptor would make it; nor shall that wish end a child that is writing a checkpoint."""
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) == self._on_term:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(STOP) == self._on_stop:
+            signal.signal(STOP, signal.SIG_IGN)
 
     def _count(self) -> int:
         with contextlib.suppress(BlockingIOError):  # nothing new

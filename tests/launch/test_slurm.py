@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -193,6 +194,59 @@ while not stop:
 (run / "saved").write_text("here")
 sys.exit(143)
 """
+
+
+# Python as slow to start as from a cold network file system; it says when it begins to.
+SLOW_PYTHON = """#!/bin/bash
+if [ -z "$NEMO_FP8_ONLY_CHECK" ]; then
+  echo "$SLURM_PROCID" >> {here}/begun-$SLURM_RESTART_COUNT
+  sleep 4
+fi
+exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_notice_while_the_tasks_start_sends_the_job_back_having_done_nothing(
+    cluster: Cluster, submit: Submit, in_tmp: Path, nodes: int
+) -> None:
+    """Told by the batch shell, and by a signal to the tasks themselves, before their Python runs."""
+    (in_tmp / "job.py").write_text("open('ran', 'a').write('x')")
+    python = in_tmp / "python"
+    python.write_text(SLOW_PYTHON.format(here=in_tmp, python=sys.executable))
+    python.chmod(0o755)
+    words = (*LIGHT, f"launcher.nodes={nodes}", f"launcher.python={python}")
+    job_id, run_dir = submit(*words, "--", "job.py").only
+    begun = in_tmp / "begun-"
+    until(lambda: begun.exists() and len(begun.read_text().split()) == nodes, 120, "no tasks")
+    cluster.run("scancel", "--batch", "--signal=USR1", job_id)
+    cluster.run("scancel", "--signal=USR1", job_id)
+    job = cluster.wait(job_id, "PENDING", "COMPLETED", "FAILED", seconds=90)
+    assert job["JobState"] == "PENDING", output(run_dir)
+    assert not (in_tmp / "ran").exists()
+    assert runs(run_dir)["state"] == "queued"
+    cluster.start_again(job_id)
+    job = cluster.wait(job_id, "COMPLETED", "FAILED", seconds=120)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(run_dir)
+    assert (in_tmp / "ran").read_text() == "x" * nodes
+    assert not list((run_dir / ".launch").glob("notice*"))
+
+
+def test_a_notice_before_the_tasks_start_sends_the_job_back(
+    cluster: Cluster, submit: Submit, in_tmp: Path
+) -> None:
+    (in_tmp / "job.py").write_text("open('ran', 'a').write('x')")
+    words = (*LIGHT, "launcher.pre_commands=['touch begun; sleep 3']")
+    job_id, run_dir = submit(*words, "--", "job.py").only
+    until((in_tmp / "begun").exists, 120, "it did not begin")
+    cluster.run("scancel", "--batch", "--signal=USR1", job_id)
+    job = cluster.wait(job_id, "PENDING", "COMPLETED", "FAILED", seconds=90)
+    assert job["JobState"] == "PENDING", output(run_dir)
+    assert not (in_tmp / "ran").exists()
+    cluster.start_again(job_id)
+    job = cluster.wait(job_id, "COMPLETED", "FAILED", seconds=120)
+    assert job["JobState"] == "COMPLETED", output(run_dir)
+    assert (in_tmp / "ran").read_text() == "x"
 
 
 def test_the_time_limit_itself_leads_to_a_second_attempt_that_goes_on(

@@ -17,7 +17,8 @@ from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch.arguments import Payload
 from nemo_fp8_recipes.launch.hydra_text import override
 from nemo_fp8_recipes.launch.plan import make_job
-from nemo_fp8_recipes.launch.slurm.submitit import minutes, settings
+from nemo_fp8_recipes.launch.slurm.submitit import settings
+from nemo_fp8_recipes.launch.slurm.time_limit import minutes
 from tests.launch.conftest import HOSTILE, clean_environment, nemo_fp8
 
 

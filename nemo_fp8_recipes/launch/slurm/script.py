@@ -11,9 +11,12 @@ from pathlib import Path
 from nemo_fp8_recipes import __version__
 from nemo_fp8_recipes.errors import ConfigError
 from nemo_fp8_recipes.launch.arguments import Arguments
+from nemo_fp8_recipes.launch.notice import NOTICE
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.schema import SlurmConfig
 from nemo_fp8_recipes.launch.slurm.quoting import directive
+from nemo_fp8_recipes.launch.slurm.time_limit import refuse_early_notice
+from nemo_fp8_recipes.training.run_directory import LAUNCH_DIRECTORY
 
 __all__ = ["batch_script", "config_of", "gpus_per_node", "meeting", "surroundings", "tasks_per_node"]
 
@@ -50,7 +53,7 @@ def batch_script(jobs: Sequence[Job], arguments: Arguments) -> str:
         "",
         *_comments(jobs, arguments),
         "set -eo pipefail",
-        *_NOTICE,
+        *_notice(jobs),
         "",
         *surroundings(config_of(job)),
         *meeting(config_of(job)),
@@ -65,6 +68,7 @@ def batch_script(jobs: Sequence[Job], arguments: Arguments) -> str:
 
 def _directives(jobs: Sequence[Job], arguments: Arguments) -> Iterator[str]:
     job, launcher = jobs[0], config_of(jobs[0])
+    refuse_early_notice(launcher)
     name = launcher.job_name
     if name is None:
         name = "nemo-fp8" if arguments.multirun else f"nemo-fp8-{job.recipe.name}"
@@ -156,6 +160,51 @@ def meeting(launcher: SlurmConfig) -> Iterator[str]:
     yield ""
 
 
+_TELL = """
+told=0
+woken=0
+job=
+tell() {
+  told=1
+  woken=1
+  [ -n "$job" ] || return 0
+  { mkdir -p "${NEMO_FP8_NOTICE%/*}" && : > "$NEMO_FP8_NOTICE"; } 2>/dev/null \\
+    || kill -USR1 "$job" 2>/dev/null || true
+}
+trap tell USR1
+"""
+
+
+def _notice(jobs: Sequence[Job]) -> Iterator[str]:
+    """Lines of bash: what becomes of SLURM's signal before the time limit."""
+    yield ""
+    yield "# SLURM signals this shell some time before the time limit; a file tells the job to save: a signal"
+    yield "# could reach processes that do not listen yet."
+    if not _is_of_array(jobs[0]):
+        yield f"run_dir={_run_dir(jobs[0])}"
+    else:
+        yield "run_dirs=("
+        for job in jobs:
+            yield f"  {_run_dir(job)}"
+        yield ")"
+        yield "run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}"
+    yield f'export {NOTICE}="$run_dir/{LAUNCH_DIRECTORY}/notice-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"'
+    yield from _TELL.strip().splitlines()
+
+
+def _is_of_array(job: Job) -> bool:
+    return job.id.startswith("%A")
+
+
+def _run_dir(job: Job) -> str:
+    """The run directory as a word of bash, SLURM's number in it where the name is ours."""
+    if job.config.run_dir is not None:
+        return shlex.quote(str(job.run_dir))
+    pattern, number = ("%A", "SLURM_ARRAY_JOB_ID") if _is_of_array(job) else ("%j", "SLURM_JOB_ID")
+    before, _, after = str(job.run_dir).rpartition(pattern)
+    return f'{shlex.quote(before)}"${number}"{after}'
+
+
 # -- what starts it --------------------------------------------------------------------------------------
 
 
@@ -164,6 +213,7 @@ def _commands(job: Job, arguments: Arguments) -> Iterator[str]:
     python = launcher.python or ("python3" if launcher.container_image is not None else sys.executable)
     flags = [flag for flag, given in (("-m", arguments.multirun), ("--resume", arguments.resume)) if given]
     yield "launch=("
+    yield '  sh -c \'trap "" USR1; exec "$@"\' sh  # Python has yet to start, and a signal would end it'
     yield f"  {shlex.quote(python)} -m nemo_fp8_recipes launch --on-node {' '.join(flags)}".rstrip()
     for word in arguments.overrides:
         yield f"  {shlex.quote(word)}"
@@ -183,11 +233,8 @@ def _commands(job: Job, arguments: Arguments) -> Iterator[str]:
     )
     yield ""
     tasks = tasks_per_node(job)
-    yield (
-        f'"${{srun[@]}}" --ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} '
-        '--kill-on-bad-exit=1 "${launch[@]}" &'
-    )
-    yield "job=$!"
+    start = f"--ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} --kill-on-bad-exit=1"
+    yield _RUN.format(start=start).strip()
 
 
 def _srun_options(job: Job) -> Iterator[str]:
@@ -218,24 +265,6 @@ def _srun_options(job: Job) -> Iterator[str]:
     yield f"--container-workdir={here}"
 
 
-_WAIT = """
-# A signal interrupts `wait`; the job goes on until it has saved.
-while true; do
-  woken=0
-  status=0
-  wait "$job" || status=$?
-  [ "$woken" = 1 ] || break
-done
-"""
-
-_NOTICE = (
-    "",
-    "# SLURM signals this shell some time before the time limit; it tells the job to save.",
-    "told=0",
-    "job=",
-    """trap 'told=1; woken=1; [ -z "$job" ] || kill -USR1 "$job" 2>/dev/null || true' USR1""",
-)
-
 _REQUEUE = """
 # It stopped because its time was up, and saved: it goes on in the next slot.
 if [ "$told" = 1 ] && [ "$status" = 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {limit} ]; then
@@ -244,9 +273,26 @@ fi
 """
 
 
+_RUN = """
+status=143  # told before it began
+if [ "$told" = 0 ]; then
+  "${{srun[@]}}" {start} "${{launch[@]}}" &
+  job=$!
+  [ "$told" = 0 ] || tell
+  # A signal interrupts `wait`; the job goes on until it has saved.
+  while true; do
+    woken=0
+    status=0
+    wait "$job" || status=$?
+    [ "$woken" = 1 ] || break
+  done
+fi
+rm -f "$NEMO_FP8_NOTICE" || true
+"""
+
+
 def _ending(job: Job) -> Iterator[str]:
     launcher = config_of(job)
-    yield _WAIT.rstrip()
     if launcher.requeue and job.saves:
         yield _REQUEUE.format(limit=launcher.max_requeues).rstrip()
     yield 'exit "$status"'

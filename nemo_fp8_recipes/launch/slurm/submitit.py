@@ -21,14 +21,14 @@ from nemo_fp8_recipes.launch.slurm.script import (
     surroundings,
     tasks_per_node,
 )
+from nemo_fp8_recipes.launch.slurm.time_limit import minutes, refuse_early_notice
 
-__all__ = ["SIGNAL", "minutes", "register", "settings"]
+__all__ = ["SIGNAL", "register", "settings"]
 
 SIGNAL = signal.SIGUSR1
 """What submitit's jobs are told with that their time is nearly up: what our processes save upon."""
 
 _READABLE = re.compile(r"[^\\'\"]*")  # submitit quotes for a shell, and sbatch is none
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
 def register(job: Job, *, has_time: bool = False) -> None:
@@ -68,6 +68,8 @@ def settings(job: Job, *, has_time: bool = False) -> dict[str, Any]:
         ConfigError: a value that submitit has no place for.
     """
     launcher = config_of(job)
+    if not has_time:
+        refuse_early_notice(launcher)
     for key in ("container_image", "container_mounts", "srun_arguments", "python"):
         if getattr(launcher, key):
             raise ConfigError(
@@ -125,34 +127,3 @@ def _readable(key: str, value: object) -> str:
             hint="nemo-fp8 launch -m launcher=slurm … takes it.",
         )
     return text
-
-
-def minutes(time: str | int | None) -> int:
-    """A time limit as sbatch reads it, in minutes, rounded up.
-
-    Raises:
-        ConfigError: there is none, or it cannot be read.
-    """
-    if time is None:
-        raise ConfigError(
-            "launcher.time needs a value: submitit gives every job a time limit.",
-            key="launcher.time",
-            allowed=["minutes, HH:MM:SS, D-HH or D-HH:MM:SS"],
-        )
-    match = _TIME.fullmatch(str(time))
-    if match is None:
-        raise ConfigError(
-            f"launcher.time={time} cannot be read.",
-            key="launcher.time",
-            value=time,
-            allowed=["minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"],
-        )
-    parts = [int(part) for part in (match["first"], match["second"], match["third"]) if part is not None]
-    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
-        hours, mins, seconds = (*parts, 0, 0)[:3]
-        hours += 24 * int(match["days"])
-    elif len(parts) == 3:
-        hours, mins, seconds = parts
-    else:  # minutes[:seconds]
-        hours, (mins, seconds) = 0, (*parts, 0)[:2]
-    return max(1, hours * 60 + mins + (seconds > 0))

@@ -12,12 +12,14 @@
 #   make test-presets                            presets and models against NeMo's and Bridge's own sources
 #   make test-preflight                          preflight against the real stack on hundreds of random jobs
 #   make test-te-versions                        the emulated binding under the older Transformer Engines it knows
+#   make test-python-3.12                        the suite under Python 3.12 and a CUDA build of PyTorch ($(VENV_3_12))
 #   make lint                                    ruff, mypy and the documentation check
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NEMO ?= .venv-nemo
 VENV_BRIDGE ?= .venv-bridge
+VENV_3_12 ?= .venv-3.12
 # Megatron-Bridge 0.3.1 and its Megatron-Core, found before the newer ones.
 BRIDGE_0_3 = $(abspath $(VENV_BRIDGE))/bridge-0.3
 CONFORMANCE = $(abspath $(VENV))/conformance
@@ -29,11 +31,12 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/cpu.txt
 PIP_INSTALL_NEMO := $(VENV_NEMO)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/nemo.txt
+PIP_INSTALL_3_12 := $(VENV_3_12)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements/python-3.12.txt
 PIP_INSTALL_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 # The recipe named in ARGS wins over the default one.
 RECIPE := $(if $(filter fp8_recipe=%,$(ARGS)),,fp8_recipe=mxfp8)
 
-.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm test-conformance train-nemo test-nemo train-bridge test-bridge test-presets test-preflight test-te-versions lint clean
+.PHONY: train test test-distributed test-telemetry test-sinks test-slurm test-browser test-loops test-megatron-lm test-conformance train-nemo test-nemo train-bridge test-bridge test-presets test-preflight test-te-versions test-python-3.12 run-python-3.12 lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed-cpu
@@ -128,6 +131,17 @@ $(VENV)/te-%/.installed: $(VENV)/.installed-test
 	  --target $(@D) transformer_engine==$*
 	@touch $@
 
+# PyPI's PyTorch for this Python is a CUDA build: what people have who install it on a machine without a GPU.
+PYTHON_3_12 ?= $(shell for one in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python3.12; do \
+  "$$one" -c "" 2>/dev/null && { echo "$$one"; break; }; done)
+TESTS_3_12 ?= tests
+test-python-3.12:
+	@if [ -z "$(PYTHON_3_12)" ]; then echo "There is no Python 3.12 here: its tests are skipped."; \
+	  else $(MAKE) --no-print-directory run-python-3.12 PYTHON_3_12="$(PYTHON_3_12)"; fi
+
+run-python-3.12: $(VENV_3_12)/.installed
+	OMP_NUM_THREADS=1 $(VENV_3_12)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(TESTS_3_12) $(ARGS)
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,7 +149,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf $(VENV) $(VENV_NEMO) $(VENV_BRIDGE) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_NEMO) $(VENV_BRIDGE) $(VENV_3_12) build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -153,6 +167,13 @@ $(VENV)/.installed-test: $(VENV)/.installed-cpu
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[cpu,test,lint]'
+	@touch $@
+
+# Not compiled: 5 GB of packages of which few are imported.
+$(VENV_3_12)/.installed: pyproject.toml requirements/cpu.txt requirements/python-3.12.txt
+	@echo "Installing the emulated stack and PyTorch's CUDA build into $(VENV_3_12) (once, about 5 GB) ..."
+	test -x $(VENV_3_12)/bin/python || $(PYTHON_3_12) -m venv $(VENV_3_12)
+	$(PIP_INSTALL_3_12) --no-compile -e '.[cpu,test]'
 	@touch $@
 
 # torch comes first: asked for by NeMo's other requirements, a CUDA build of several GB would come instead.

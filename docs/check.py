@@ -20,7 +20,7 @@ from nemo_fp8_recipes.launch.slurm.jobs import combinations
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FENCE = re.compile(r"^(?:    )?```(\w*)\n(.*?)^(?:    )?```", re.MULTILINE | re.DOTALL)
-MAKE_TARGET = re.compile(r"^([a-z][\w-]*):", re.MULTILINE)
+MAKE_TARGET = re.compile(r"^([a-z][\w.-]*):", re.MULTILINE)
 # Placeholders in examples (RUN, <run>, …) stand for something only the reader has.
 PLACEHOLDER = re.compile(r"<[^>]*>|\.\.\.|…|\$|\bRUN\b|/path/")
 COMPOSING = {"train", "show", "doctor"}

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -52,7 +53,15 @@ class _Stopping:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(STOP, self._on_stop)
-        os.register_at_fork(after_in_child=self._leave)
+        # Held back around a fork: what is sent to a child at once must not meet its parent's handlers there.
+        self._mask = threading.local()
+        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._leave)
+
+    def _hold(self) -> None:
+        self._mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, STOP))
+
+    def _release(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before)
 
     def _leave(self) -> None:
         """In a forked child: what ends a data loader is no wish to stop its parent, which the shared
@@ -62,6 +71,7 @@ class _Stopping:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(STOP) == self._on_stop:
             signal.signal(STOP, signal.SIG_IGN)
+        self._release()
 
     def _count(self) -> int:
         with contextlib.suppress(BlockingIOError):  # nothing new

@@ -149,6 +149,12 @@ context = multiprocessing.get_context("fork")
 workers = [context.Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2)]
 for worker in workers:
     worker.start()
+for _ in range(20):  # ended at once, while they come into being
+    short = context.Process(target=time.sleep, args=(600,), daemon=True)
+    short.start()
+    short.terminate()
+    short.join(20)
+    assert not short.is_alive()
 signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 workers[0].terminate()
 workers[0].join(20)

@@ -33,7 +33,7 @@ class Part:
 
 _AS_IN_TE_CI = (("PYTORCH_JIT", "0"), ("NVTE_TORCH_COMPILE", "0"), ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"))
 _SINGLE_PARAM = (("NVTE_GROUPED_LINEAR_SINGLE_PARAM", "1"),)
-# The reference of these tests is a Triton kernel, which Triton's interpreter runs on a CPU.
+# What these tests call, or compare with, is a Triton kernel, which Triton's interpreter runs on a CPU.
 _INTERPRETED = (("TRITON_INTERPRET", "1"),)
 
 SUITE = (
@@ -43,7 +43,7 @@ SUITE = (
     Part("test_hybrid_quantization.py"),
     Part("test_quantized_tensor.py"),
     Part("test_float8_current_scaling_exact.py", device="h100"),
-    Part("test_float8_blockwise_scaling_exact.py", 120, "h100"),
+    Part("test_float8_blockwise_scaling_exact.py", device="h100"),
     Part("test_float8_blockwise_gemm_exact.py", 50, "h100", environment=_INTERPRETED),
     Part("test_float8blockwisetensor.py", device="h100"),
     Part("mxfp8/test_mxfp8_dequantize_extreme_scales.py"),
@@ -61,13 +61,14 @@ SUITE = (
     Part("nvfp4/test_nvfp4_2d_quantize_swizzle_fusion.py"),
     Part("nvfp4/test_nvfp4_rht_quantize_swizzle_fusion.py"),
     Part("nvfp4/test_nvfp4_weight_swizzle_cache.py"),
-    Part("test_weight_swizzle_in_layers.py", 26),
+    Part("test_weight_swizzle_in_layers.py"),
     Part("test_partial_cast.py"),
     Part("test_multi_tensor.py", 600),
     Part("test_fused_optimizer.py", keyword="not large"),
+    Part("test_fused_router.py", 150),
     Part("test_numerics.py", 100, keyword="linear", environment=_AS_IN_TE_CI),
     Part("test_backward_override.py", 50),
-    Part("test_fusible_ops.py", 500),
+    Part("test_fusible_ops.py", 500, environment=_INTERPRETED),
     Part("test_sanity.py", 150, environment=_SINGLE_PARAM),
     Part("test_grouped_linear.py", 200, environment=_AS_IN_TE_CI[:2]),
     Part("debug/test_sanity.py"),
@@ -114,6 +115,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         r"test_identity_recipe_matches_bf16_bitwise",
         r"not equal",
         "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
+    ),
+    (
+        r"test_mxfp8_qfactory_uses_plain_bf16_mha_boundaries",
+        r"fp8_o",
+        "it watches fused attention, in whose place the unfused one runs",
     ),
     (r"", r"'cpu' == 'cuda'", "`Tensor.device` tells the truth on the emulated device: it is a CPU's"),
     (

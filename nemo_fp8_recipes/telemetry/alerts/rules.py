@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -52,9 +54,12 @@ class RuleCheck:
         limit: what a message says for `{limit}`.
         without: what to do when none of them is logged.
         reads_tensors: they are of the tier that reads the tensors again.
+        quiet: statistic -> the range, both ends included, within which it violates nothing. A step all of
+            whose values lie within need not be checked. None: only `check` can tell.
     """
 
     stats: tuple[str, ...] = ()
+    quiet: Mapping[str, tuple[float, float]] | None = None
     limit = 0.0
     without = ""
     reads_tensors = False
@@ -115,6 +120,14 @@ class NonFinite(RuleCheck):
     """The tensor held a NaN or an Inf. An MXFP8 block with a NaN has the scale code 255, shown as Inf."""
 
     stats = ("amax", "amax_bound")
+    quiet = MappingProxyType(
+        {
+            "amax": (-_FLT_MAX, _FLT_MAX),
+            "amax_bound": (-_FLT_MAX, _FLT_MAX),
+            "non_finite": (-np.inf, 0.0),
+            "nonfinite": (-np.inf, 0.0),
+        }
+    )
 
     def check(self, columns: Columns) -> Finding:
         amax = columns.amax()
@@ -133,6 +146,14 @@ class ScaleLimit(RuleCheck):
     """
 
     stats = ("scale", "scale_next", "scale_inv_max", "scale_inv_min")
+    quiet = MappingProxyType(
+        {
+            "scale": (np.nextafter(1 / _FLT_MAX, 1), np.nextafter(_FLT_MAX, 0)),
+            "scale_next": (np.nextafter(1 / _FLT_MAX, 1), np.nextafter(_FLT_MAX, 0)),
+            "scale_inv_max": (-np.inf, np.nextafter(_E8M0_ENDS[1], 0)),
+            "scale_inv_min": (np.nextafter(_E8M0_ENDS[0], 1), np.nextafter(_FLT_MAX, 0)),
+        }
+    )
 
     def check(self, columns: Columns) -> Finding:
         table = columns.table
@@ -173,6 +194,7 @@ class Underflow(RuleCheck):
 
     def __init__(self, rule: ThresholdRule) -> None:
         self.limit = rule.limit
+        self.quiet = {"underflow": (-np.inf, rule.limit)}
 
     def check(self, columns: Columns) -> Finding:
         fraction = columns.get("underflow")
@@ -261,6 +283,7 @@ class Limit(RuleCheck):
         self.stats = (rule.stat,)
         self.without = f"No statistic '{rule.stat}' was logged: see docs/schemas/telemetry.md for the names."
         self.limit = rule.above if rule.above is not None else float(rule.below or 0.0)
+        self.quiet = {rule.stat: (-np.inf, self.limit) if rule.above is not None else (self.limit, np.inf)}
         self._rule = rule
         self._wanted = np.zeros(0, dtype=bool)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
-from nemo_fp8_recipes.telemetry.alerts.columns import OperandTable
+from nemo_fp8_recipes.telemetry.alerts.columns import Columns, OperandTable
 from nemo_fp8_recipes.telemetry.alerts.rules import Finding, checks
 from nemo_fp8_recipes.telemetry.alerts.schema import DEFAULT_ADVICE, AlertsConfig
-from nemo_fp8_recipes.telemetry.series import StepValues
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
 
 __all__ = ["Watch", "reduces_amax"]
 
 logger = logging.getLogger(__name__)
+
+_KEPT = 8
+"""Different sets of series that may take turns, such as those of the two tiers."""
 
 PATIENCE = 20
 """Logging steps after which a rule says that what it needs is not logged."""
@@ -25,6 +28,19 @@ PATIENCE = 20
 def reduces_amax(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe, as plain data, makes all ranks agree on the scales of delayed scaling."""
     return bool(recipe.get("reduce_amax", True)) and not recipe.get("tp_only_amax_red", False)
+
+
+class _Due(NamedTuple):
+    """What a step with certain series is asked.
+
+    Attributes:
+        rules: those that have what they need.
+        least, most: float64 (series,), the range in which a value violates none of those that say so.
+    """
+
+    rules: tuple[str, ...]
+    least: np.ndarray
+    most: np.ndarray
 
 
 class Watch:
@@ -45,6 +61,7 @@ class Watch:
         self._count = 0
         self._looks: dict[str, int] = dict.fromkeys(self._checks, 0)
         self._violated: dict[str, np.ndarray] = {}
+        self._known: dict[int, tuple[tuple[Series, ...], _Due]] = {}
         # A rule whose statistics come every telemetry.stats_every steps is not blind before they came.
         self._waiting = {
             name for name, check in self._checks.items() if not (reads_tensors and check.reads_tensors)
@@ -57,12 +74,15 @@ class Watch:
         columns = self._table.columns(values)
         self._count += 1
         found = []
-        for name, check in self._checks.items():
-            if not check.applies(columns):
-                continue
-            self._waiting.discard(name)
+        due = self._due(values.series, columns)
+        with np.errstate(invalid="ignore"):
+            calm = bool(((values.values >= due.least) & (values.values <= due.most)).all())
+        for name in due.rules:
+            check = self._checks[name]
             # A step without the rule's statistics says nothing about whether a tensor keeps it.
             self._looks[name] += 1
+            if calm and check.quiet is not None:
+                continue
             finding = check.check(columns)
             new = self._new(name, finding.violated)
             if new.any():
@@ -70,6 +90,28 @@ class Watch:
         if self._count == PATIENCE:
             self.report_blind()
         return tuple(found)
+
+    def _due(self, series: tuple[Series, ...], columns: Columns) -> _Due:
+        """Which rules have what they need, and where nothing violates those that can say so: the same in
+        every step with the same series.
+        """
+        known = self._known.get(id(series))
+        if known is not None:
+            return known[1]
+        rules = tuple(name for name, check in self._checks.items() if check.applies(columns))
+        self._waiting.difference_update(rules)
+        least, most = np.full(len(series), -np.inf), np.full(len(series), np.inf)
+        ranges = [self._checks[name].quiet or {} for name in rules]
+        for place, one in enumerate(series):
+            for quiet in ranges:
+                if one.stat in quiet:
+                    low, high = quiet[one.stat]
+                    least[place], most[place] = max(least[place], low), min(most[place], high)
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        due = _Due(rules, least, most)
+        self._known[id(series)] = (series, due)
+        return due
 
     def report_blind(self) -> None:
         """Say once which rules never had the statistics they need."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from nemo_fp8_recipes.recipes import load
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.alerts.schema import FIELDS, default_alerts
 from nemo_fp8_recipes.telemetry.alerts.watch import Watch, reduces_amax
-from nemo_fp8_recipes.telemetry.series import Series
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from tests.telemetry.alerts.series import MODULE, alerts, config, only, steps
 
 
@@ -144,3 +146,30 @@ def test_advice_is_for_recipes_that_exist() -> None:
     changed = config(underflow={"advice": {"mxfp8": "Do this."}})
     (found,) = alerts(steps({"underflow": [0.9]}, recipe="mxfp8"), changed)
     assert found.message.endswith("Do this.")
+
+
+def test_a_step_that_is_not_looked_at_closely_has_nothing_to_report() -> None:
+    edges = [0.0, 1e-45, 2.0**-149, 2.0**-126, 2.0**-125, 0.5, 1.0, 2.0**126, 2.0**127, 3.4028235e38]
+    edges += [math.inf, -math.inf, math.nan, -1.0]
+    stats = ("amax_bound", "amax", "scale", "scale_inv_max", "scale_inv_min", "underflow", "nonfinite")
+    series = tuple(
+        Series("m", tensor, stat, recipe, "e4m3")
+        for tensor, recipe in (("input", "mxfp8"), ("weight", "blockwise"))
+        for stat in stats
+    )
+    plain = np.asarray([1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.0] * 2, dtype=np.float32)
+    watch, thorough = Watch(default_alerts()), Watch(default_alerts())
+    for check in thorough._checks.values():
+        check.quiet = None
+    reported = set()
+    for step, (place, edge) in enumerate(itertools.product(range(len(series)), edges), start=1):
+        for number, value in ((2 * step, plain[place]), (2 * step + 1, edge)):
+            values = plain.copy()
+            values[place] = value
+            found, wanted = (
+                [alert.to_dict() for alert in one.look(StepValues(number, series, values))]
+                for one in (watch, thorough)
+            )
+            assert found == wanted, (series[place], edge)
+            reported |= {alert["rule"] for alert in found}
+    assert {"non_finite", "scale_limit", "underflow"} <= reported

@@ -20,9 +20,10 @@ from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
+from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
-from nemo_fp8_recipes.emulation.kernels import Library, Quantized, library
-from nemo_fp8_recipes.numerics import E4M3, blockwise, mxfp8, tensorwise
+from nemo_fp8_recipes.emulation.kernels import Library, Nvfp4Direction, Quantized, library
+from nemo_fp8_recipes.numerics import E4M3, amax, blockwise, fp4, hadamard, mxfp8, nvfp4, tensorwise
 
 OURS = "ours"
 
@@ -98,6 +99,52 @@ def blockwise_contenders(x: torch.Tensor, kernels: Library) -> dict[str, Callabl
     }
 
 
+def nvfp4_contenders(x: torch.Tensor, kernels: Library) -> dict[str, Callable[[], object]]:
+    """Rowwise NVFP4 under the tensor's own amax, to nearest."""
+    m, k = x.shape
+    codes, scales = (torch.empty(m, columns, dtype=torch.uint8) for columns in (k // 2, k // 16))
+
+    def ours() -> None:
+        largest = torch.tensor([kernels.amax(x)])
+        kernels.nvfp4(x, Nvfp4Direction(codes, scales, largest), None, square=False)
+
+    def torchao() -> object:
+        return nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max()))
+
+    return {
+        OURS: ours,
+        "numerics (eager torch)": lambda: nvfp4.quantize_1d(x, amax(x).view(1)),
+        "torchao nvfp4_quantize": torchao,
+    }
+
+
+def nvfp4_gradient_contenders(x: torch.Tensor, kernels: Library) -> dict[str, Callable[[], object]]:
+    """What a gradient is made into: both directions, columns transformed, rounded stochastically."""
+    x = x.bfloat16()
+    m, k = x.shape
+    outs = [
+        (
+            torch.empty(rows, columns // 2, dtype=torch.uint8),
+            torch.empty(rows, columns // 16, dtype=torch.uint8),
+        )
+        for rows, columns in ((m, k), (k, m))
+    ]
+
+    def ours() -> None:
+        amaxes = kernels.amax_with_hadamard(x, hadamard.SIGN_MASK)
+        rows, columns = (
+            Nvfp4Direction(*out, largest, int(fp4.random_key(x.device)))
+            for out, largest in zip(outs, amaxes, strict=True)
+        )
+        kernels.nvfp4(x, rows, columns, square=False, stochastic=True, sign_mask=hadamard.SIGN_MASK)
+
+    def eager() -> object:
+        columns = hadamard.random_hadamard_transform(x.t().contiguous())
+        return [nvfp4.quantize_1d(each, amax(each).view(1), stochastic=True) for each in (x, columns)]
+
+    return {OURS: ours, "numerics (eager torch)": eager}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the fp32 matrix")
@@ -118,14 +165,20 @@ def main() -> None:
         ("MXFP8, rowwise and columnwise", both_directions_contenders(x, kernels)),
         ("per tensor, current scaling", per_tensor_contenders(x, kernels)),
         ("blockwise 1x128, rowwise", blockwise_contenders(x, kernels)),
+        ("NVFP4, rowwise", nvfp4_contenders(x, kernels)),
+        ("NVFP4 of a bf16 gradient", nvfp4_gradient_contenders(x, kernels)),
     ):
         contenders["copy_"] = lambda: target.copy_(x)
         times = in_turn(contenders, rounds=options.rounds, repeats=5)
         best[title] = [own / copy for own, copy in zip(times[OURS], times["copy_"], strict=True)]
         print(ratio_table(title, times, against=OURS, unit="ms", scale=1e3), end="\n\n")
-    print("share of copy_'s bandwidth that our kernels reach (bytes read and written once; min, median, max)")
+    print(
+        "share of copy_'s bandwidth that our kernels reach (bytes read and written, what is read for an amax"
+    )
+    print("and again for the codes counted twice; min, median, max)")
     moved = {"MXFP8, rowwise": 5.03, "MXFP8, rowwise and columnwise": 6.06}  # bytes an element
     moved |= {"per tensor, current scaling": 9.0, "blockwise 1x128, rowwise": 5.03}
+    moved |= {"NVFP4, rowwise": 8.56, "NVFP4 of a bf16 gradient": 5.13}
     for title, ratios in best.items():
         shares = sorted(moved[title] / 8.0 / ratio for ratio in ratios)
         print(f"  {title:32} {shares[0]:5.0%} {statistics.median(shares):5.0%} {shares[-1]:5.0%}")

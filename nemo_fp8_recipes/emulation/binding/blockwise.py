@@ -23,9 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nemo_fp8_recipes.emulation import kernels
+from nemo_fp8_recipes.emulation.binding.block_storage import (
+    ATTRIBUTES,
+    data_of,
+    pad_to,
+    round_up,
+    wrap,
+)
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
@@ -48,14 +54,10 @@ __all__ = ["BLOCKWISE", "BlockScaling"]
 BLOCK = blockwise.BLOCK
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _scale_shape(m: int, k: int, dim: int) -> tuple[int, int]:
     """Rowwise scales of an [m, k] matrix; the columnwise ones are those of [k, m]."""
     rows, columns = -(-m // BLOCK), -(-k // BLOCK)
-    return (rows, _round_up(columns, 4)) if dim == 2 else (columns, _round_up(m, 4))
+    return (rows, round_up(columns, 4)) if dim == 2 else (columns, round_up(m, 4))
 
 
 def _compact_scale_shape(m: int, k: int, *, columnwise: bool) -> tuple[int, int]:
@@ -86,18 +88,13 @@ def _is_compact(tensor: Any) -> bool:
 
 
 def _pad_to_four(scale: Tensor) -> Tensor:
-    return pad(scale, (0, -scale.shape[1] % 4)).contiguous()
+    return pad_to(scale, (scale.shape[0], round_up(scale.shape[1], 4)))
 
 
 class BlockScaling:
     """Storage of `Float8BlockQuantizer`."""
 
-    attributes: tuple[str, ...] = (
-        "_rowwise_data",
-        "_rowwise_scale_inv",
-        "_columnwise_data",
-        "_columnwise_scale_inv",
-    )
+    attributes: tuple[str, ...] = ATTRIBUTES
 
     def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
         dim = quantizer.block_scaling_dim
@@ -118,13 +115,8 @@ class BlockScaling:
         return specs
 
     def shape_of(self, tensor: Any) -> tuple[int, ...]:
-        nvte_check(
-            isinstance(tensor, te_classes().blockwise_storage),
-            SOURCE,
-            f"Float8BlockQuantizer must output to Float8BlockwiseQTensor, got {type(tensor).__name__}.",
-        )
-        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
-        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "FP8BlockwiseTensor has no data.")
+        refusal = f"Float8BlockQuantizer must output to Float8BlockwiseQTensor, got {type(tensor).__name__}."
+        rowwise, columnwise = data_of(tensor, te_classes().blockwise_storage, refusal, "FP8BlockwiseTensor")
         if _is_compact(tensor):
             return tuple((columnwise if rowwise is None else rowwise).shape)
         if rowwise is None:
@@ -196,17 +188,13 @@ class BlockScaling:
         device: torch.device,
     ) -> Any:
         classes = te_classes()
-        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
-        fields |= {
+        fields = {
             "fp8_dtype": element_type(quantizer.dtype),
-            "quantizer": quantizer,
             "is_2D_scaled": quantizer.block_scaling_dim == 2,
             "data_format": _data_format(compact=_compact(quantizer)),
         }
-        if quantizer.internal:
-            return classes.blockwise_storage(**release().constructor(fields | {"fake_dtype": dtype}))
-        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
-        return classes.blockwise_tensor(**release().constructor(fields))
+        kinds = (classes.blockwise_storage, classes.blockwise_tensor)
+        return wrap(quantizer, buffers, self.attributes, fields, kinds, shape, dtype, device)
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
         """The C++ keeps the tensor's own format and block dimension."""

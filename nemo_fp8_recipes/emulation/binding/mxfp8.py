@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nemo_fp8_recipes.emulation import kernels
+from nemo_fp8_recipes.emulation.binding.block_storage import (
+    ATTRIBUTES,
+    data_of,
+    pad_to,
+    round_up,
+    wrap,
+)
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
 from nemo_fp8_recipes.emulation.binding.releases import release
@@ -38,18 +44,14 @@ BLOCK = mxfp8.BLOCK
 TILE_M, TILE_K = 128, 4
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def rowwise_scale_shape(m: int, k: int) -> tuple[int, int]:
     """Padded shape of the rowwise scales of an [m, k] matrix."""
-    return (_round_up(m, TILE_M), _round_up(k // BLOCK, TILE_K))
+    return (round_up(m, TILE_M), round_up(k // BLOCK, TILE_K))
 
 
 def columnwise_scale_shape(m: int, k: int) -> tuple[int, int]:
     """Padded shape of the columnwise scales of an [m, k] matrix."""
-    return (_round_up(m // BLOCK, TILE_K), _round_up(k, TILE_M))
+    return (round_up(m // BLOCK, TILE_K), round_up(k, TILE_M))
 
 
 def swizzle(scales: Tensor, *, columnwise: bool) -> Tensor:
@@ -82,12 +84,7 @@ def unswizzle(scales: Tensor, *, columnwise: bool) -> Tensor:
 class Mxfp8Scaling:
     """Storage of `MXFP8Quantizer`."""
 
-    attributes: tuple[str, ...] = (
-        "_rowwise_data",
-        "_rowwise_scale_inv",
-        "_columnwise_data",
-        "_columnwise_scale_inv",
-    )
+    attributes: tuple[str, ...] = ATTRIBUTES
 
     def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
         m, k = flat_2d(shape)
@@ -106,13 +103,8 @@ class Mxfp8Scaling:
         return specs
 
     def shape_of(self, tensor: Any) -> tuple[int, ...]:
-        nvte_check(
-            isinstance(tensor, te_classes().mxfp8_storage),
-            SOURCE,
-            f"MXFP8Quantizer must output to MXFP8Tensor, got {type(tensor).__name__}.",
-        )
-        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
-        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "MXFP8Tensor has no data.")
+        refusal = f"MXFP8Quantizer must output to MXFP8Tensor, got {type(tensor).__name__}."
+        rowwise, columnwise = data_of(tensor, te_classes().mxfp8_storage, refusal, "MXFP8Tensor")
         if rowwise is not None and columnwise is not None:
             nvte_check(
                 rowwise.shape == columnwise.shape,
@@ -120,7 +112,7 @@ class Mxfp8Scaling:
                 f"MXFP8 row-wise data (shape={tuple(rowwise.shape)}) and column-wise data "
                 f"(shape={tuple(columnwise.shape)}) do not match",
             )
-        return tuple((rowwise if rowwise is not None else columnwise).shape)
+        return tuple((tensor._columnwise_data if rowwise is None else rowwise).shape)
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
         fmt = fp8_format(quantizer.dtype)
@@ -143,8 +135,7 @@ class Mxfp8Scaling:
         buffers = {}
 
         def keep(direction: str, codes: Tensor, scale: Tensor) -> None:
-            rows, columns = specs[f"_{direction}_scale_inv"][0]
-            padded = pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
+            padded = pad_to(scale, specs[f"_{direction}_scale_inv"][0])
             if swizzled:
                 padded = swizzle(padded, columnwise=direction == "columnwise")
             buffers[f"_{direction}_data"] = codes.view(x.shape)
@@ -173,16 +164,12 @@ class Mxfp8Scaling:
         device: torch.device,
     ) -> Any:
         classes = te_classes()
-        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
-        fields |= {
+        fields = {
             "fp8_dtype": element_type(quantizer.dtype),
-            "quantizer": quantizer,
             "with_gemm_swizzled_scales": _swizzled(quantizer),
         }
-        if quantizer.internal:
-            return classes.mxfp8_storage(**release().constructor(fields | {"fake_dtype": dtype}))
-        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
-        return classes.mxfp8_tensor(**release().constructor(fields))
+        kinds = (classes.mxfp8_storage, classes.mxfp8_tensor)
+        return wrap(quantizer, buffers, self.attributes, fields, kinds, shape, dtype, device)
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
         tensor._fp8_dtype = element_type(quantizer.dtype)

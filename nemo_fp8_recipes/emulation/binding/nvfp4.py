@@ -19,9 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nemo_fp8_recipes.emulation import kernels
+from nemo_fp8_recipes.emulation.binding.block_storage import (
+    ATTRIBUTES,
+    data_of,
+    pad_to,
+    round_up,
+    wrap,
+)
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.mxfp8 import TILE_K, TILE_M, swizzle
@@ -51,19 +57,13 @@ AMAXES = ("_amax_rowwise", "_amax_columnwise")
 
 def scale_shape(m: int, k: int) -> tuple[int, int]:
     """Padded shape of the scales of an [m, k] matrix, blocks along k."""
-    return (-(-m // TILE_M) * TILE_M, -(-(k // BLOCK) // TILE_K) * TILE_K)
+    return (round_up(m, TILE_M), round_up(k // BLOCK, TILE_K))
 
 
 class Nvfp4Scaling:
     """Storage of `NVFP4Quantizer`."""
 
-    attributes: tuple[str, ...] = (
-        "_rowwise_data",
-        "_rowwise_scale_inv",
-        "_columnwise_data",
-        "_columnwise_scale_inv",
-        *AMAXES,
-    )
+    attributes: tuple[str, ...] = (*ATTRIBUTES, *AMAXES)
 
     def specs(self, quantizer: Any, shape: Sequence[int]) -> dict[str, BufferSpec]:
         m, k = flat_2d(shape)
@@ -88,13 +88,8 @@ class Nvfp4Scaling:
         return specs
 
     def shape_of(self, tensor: Any) -> tuple[int, ...]:
-        nvte_check(
-            isinstance(tensor, te_classes().nvfp4_storage),
-            SOURCE,
-            "NVFP4Quantizer must output to IsNVFP4Tensor.",
-        )
-        rowwise, columnwise = tensor._rowwise_data, tensor._columnwise_data
-        nvte_check(rowwise is not None or columnwise is not None, SOURCE, "NVFP4Tensor has no data.")
+        refusal = "NVFP4Quantizer must output to IsNVFP4Tensor."
+        rowwise, columnwise = data_of(tensor, te_classes().nvfp4_storage, refusal, "NVFP4Tensor")
         if rowwise is None:
             return (*columnwise.shape[1:-1], columnwise.shape[-1] * 2, columnwise.shape[0])
         shape = (*rowwise.shape[:-1], rowwise.shape[-1] * 2)
@@ -171,16 +166,12 @@ class Nvfp4Scaling:
         device: torch.device,
     ) -> Any:
         classes = te_classes()
-        fields: dict[str, Any] = {name[1:]: buffers.get(name) for name in self.attributes}
-        fields |= {
+        fields = {
             "fp4_dtype": element_type(quantizer.dtype),
-            "quantizer": quantizer,
             **self._tags(quantizer, shape),
         }
-        if quantizer.internal:
-            return classes.nvfp4_storage(**release().constructor(fields | {"fake_dtype": dtype}))
-        fields |= {"shape": tuple(shape), "dtype": dtype, "device": device}
-        return classes.nvfp4_tensor(**release().constructor(fields))
+        kinds = (classes.nvfp4_storage, classes.nvfp4_tensor)
+        return wrap(quantizer, buffers, self.attributes, fields, kinds, shape, dtype, device)
 
     def retag(self, quantizer: Any, tensor: Any) -> None:
         release().set_fields(tensor, **self._tags(quantizer, self.shape_of(tensor)))
@@ -226,8 +217,7 @@ class Nvfp4Scaling:
             )
         if square:
             scale = scale.repeat_interleave(BLOCK, dim=0)
-        rows, columns = specs[f"_{direction}_scale_inv"][0]
-        padded = pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
+        padded = pad_to(scale, specs[f"_{direction}_scale_inv"][0])
         swizzled = self.swizzled(quantizer, shape)
         buffers[f"_{direction}_data"] = packed.view(specs[f"_{direction}_data"][0])
         buffers[f"_{direction}_scale_inv"] = swizzle(padded, columnwise=False) if swizzled else padded

@@ -38,7 +38,7 @@ FLAGS = (
     "-pthread",
 )
 NATIVE = "-march=native"
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
 
 
 class SlowKernelsWarning(UserWarning):

@@ -1,9 +1,10 @@
-"""The compiled kernels under test: as this machine builds them, and in their portable form."""
+"""The compiled kernels under test: as this machine builds them, and in their other forms."""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -19,22 +20,34 @@ def native() -> Library:
     return found
 
 
-@pytest.fixture(scope="session")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Without the instructions of this CPU and the code written for them."""
+def built(target: Path, *flags: str) -> Library:
+    """The kernels as other flags build them."""
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
-    target = tmp_path_factory.mktemp("portable") / "kernels.so"
-    flags = ["-O1" if flag == "-O3" else flag for flag in build.FLAGS]
     source = str(build.SOURCE / "kernels.cpp")
-    subprocess.run(
-        [str(compiler), *flags, "-DNEMO_FP8_PORTABLE", source, "-o", str(target)], check=True, timeout=300
-    )
+    subprocess.run([str(compiler), *flags, source, "-o", str(target)], check=True, timeout=300)
     return Library(ctypes.CDLL(str(target)))
 
 
-@pytest.fixture(params=["native", "portable"])
+@pytest.fixture(scope="session")
+def avx2(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """What a CPU without AVX-512 runs, where this one has it."""
+    if "avx512bw" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX-512: the native kernels do without")
+    target = tmp_path_factory.mktemp("avx2") / "kernels.so"
+    return built(target, *build.FLAGS, build.NATIVE, "-DNEMO_FP8_NO_AVX512")
+
+
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Without the instructions of this CPU and the code written for them."""
+    target = tmp_path_factory.mktemp("portable") / "kernels.so"
+    flags = ("-O1" if flag == "-O3" else flag for flag in build.FLAGS)
+    return built(target, *flags, "-DNEMO_FP8_PORTABLE")
+
+
+@pytest.fixture(params=["native", "avx2", "portable"])
 def kernels(request: pytest.FixtureRequest) -> Library:
     found: Library = request.getfixturevalue(request.param)
     return found

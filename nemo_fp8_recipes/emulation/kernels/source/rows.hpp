@@ -7,11 +7,29 @@
 #if defined(__AVX2__) && defined(__F16C__) && !defined(NEMO_FP8_PORTABLE)
 #define NEMO_FP8_AVX2
 #include <immintrin.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
+    !defined(NEMO_FP8_NO_AVX512)
+#define NEMO_FP8_AVX512
+#endif
 #endif
 
 namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2
+
+#ifdef NEMO_FP8_AVX512
+
+// Places of the lower or upper halves of 32 words.
+struct Halves {
+  int16_t place[32];
+};
+constexpr Halves every_other_half(int16_t first) {
+  Halves halves{};
+  for (int16_t i = 0; i < 32; ++i) halves.place[i] = int16_t(2 * i + first);
+  return halves;
+}
+
+#endif
 
 // `Element::encode` of 32 values in four registers, as codes of a byte in order.
 //
@@ -71,11 +89,54 @@ NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4], bool& odd) {
   return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(mixed, together), order);
 }
 
+#ifdef NEMO_FP8_AVX512
+
+// FP8 codes of 32 values, in the way of `encode_32` and with all of them in one register. `outside` says whether there
+// are numbers that become subnormal, whose codes are wrong.
+template <class Out>
+NEMO_FP8_INLINE __m256i encode_32_wide(__m512 first, __m512 second, bool& outside) {
+  constexpr int kDrop = Out::kShift - 16;
+  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
+  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
+  alignas(64) static constexpr Halves kUpper = every_other_half(1), kLower = every_other_half(0);
+  const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  const __m512i low = _mm512_permutex2var_epi16(a, _mm512_load_si512(&kLower), b);
+  const __m512i high = _mm512_permutex2var_epi16(a, _mm512_load_si512(&kUpper), b);
+  const __m512i all = _mm512_or_si512(high, _mm512_min_epu16(low, _mm512_set1_epi16(1)));
+  const __m512i full = _mm512_and_si512(all, _mm512_set1_epi16(0x7fff));
+  const __m512i magnitude = _mm512_min_epi16(full, _mm512_set1_epi16(kMax));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, kDrop), _mm512_set1_epi16(1));
+  const __m512i nearly = _mm512_add_epi16(magnitude, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+  const __m512i rounded = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
+  const __m512i code = _mm512_max_epi16(rounded, _mm512_setzero_si512());
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(all, 8), _mm512_set1_epi16(0x80));
+  const __mmask32 nan = _mm512_cmpgt_epi16_mask(full, _mm512_set1_epi16(kInfinity >> 16));
+  const __m512i above = _mm512_sub_epi16(full, _mm512_set1_epi16(kHalfOfSubnormal + 1));
+  outside = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2)) != 0;
+  return _mm512_cvtepi16_epi8(
+      _mm512_mask_mov_epi16(_mm512_or_si512(code, sign), nan, _mm512_set1_epi16(Out::kNanCode)));
+}
+
+#endif
+
 // FP8 codes of x[i] * scale_at(i), where `scale_at` gives the factors of eight values; all whole 32s.
 template <class Out, class ScaleAt>
 NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, ScaleAt scale_at, uint8_t* codes) {
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
+#ifdef NEMO_FP8_AVX512
+    if (Out::kSignShift == 24) {
+      const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
+        const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(scale_at(at)), scale_at(at + 8), 1);
+        return _mm512_mul_ps(_mm512_loadu_ps(x + at), scale);
+      };
+      bool outside;
+      const __m256i quick = encode_32_wide<Out>(scaled(i), scaled(i + 16), outside);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), quick);
+      if (__builtin_expect(!outside, 1)) continue;
+    }
+#endif
     const __m256 value[4] = {
         _mm256_mul_ps(_mm256_loadu_ps(x + i), scale_at(i)),
         _mm256_mul_ps(_mm256_loadu_ps(x + i + 8), scale_at(i + 8)),

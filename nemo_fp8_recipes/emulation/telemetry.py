@@ -31,9 +31,9 @@ def _functions() -> Mapping[str, Callable[..., Any]]:
 
 
 def _measure(source: Tensor, coded: Coded) -> Tensor | None:
-    from nemo_fp8_recipes.emulation.kernels import for_tensor
+    from nemo_fp8_recipes.emulation.kernels import for_tensor, on_host
 
-    kernels = for_tensor(source)
+    kernels = for_tensor(source) if on_host(coded.codes) else None
     return kernels.measure(source, coded) if kernels is not None else None
 
 
@@ -45,9 +45,9 @@ def _scale_counts(
 
 
 def _scale_distribution(counts: Tensor, fmt: ScaleFormat, **described: Any) -> Tensor | None:
-    from torch import Tensor
+    from nemo_fp8_recipes.emulation.kernels import on_host
 
-    kernels = _library() if type(counts) is Tensor and counts.device.type == "cpu" else None
+    kernels = _library() if on_host(counts) else None
     return kernels.scale_distribution(counts, fmt, **described) if kernels is not None else None
 
 

@@ -122,3 +122,21 @@ def test_without_compiled_kernels_the_torch_operations_do_it(how: str, tmp_path:
         device="b200",
         env={"NEMO_FP8_KERNELS": "eager"} if how == "switched off" else missing,
     )
+
+
+def test_a_tensor_without_memory_is_left_to_torch() -> None:
+    run_emulated("""
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from nemo_fp8_recipes.emulation.kernels import for_codes, for_tensor
+        from nemo_fp8_recipes.telemetry import host_kernels
+        from nemo_fp8_recipes.telemetry.coded import Coded
+
+        real = torch.zeros(32, 64)
+        with FakeTensorMode():
+            source = torch.zeros(32, 64, dtype=torch.bfloat16, device="cuda")
+            coded = Coded(torch.zeros(32, 64, dtype=torch.uint8), torch.zeros(1, 1), "e4m3", (32, 64))
+        assert for_tensor(source) is None and for_codes(coded.codes) is None
+        assert host_kernels.measure(source, coded) is None
+        assert host_kernels.measure(real, coded) is None
+    """)

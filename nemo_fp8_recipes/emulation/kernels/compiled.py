@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from nemo_fp8_recipes.emulation.kernels import build
 from nemo_fp8_recipes.emulation.kernels.block_scales import BlockScaleKernels
@@ -20,7 +21,7 @@ from nemo_fp8_recipes.emulation.kernels.native import INPUTS
 from nemo_fp8_recipes.emulation.kernels.nvfp4 import Nvfp4Kernels
 from nemo_fp8_recipes.emulation.kernels.per_tensor import PerTensorKernels
 
-__all__ = ["Library", "for_codes", "for_tensor", "library"]
+__all__ = ["Library", "for_codes", "for_tensor", "library", "on_host"]
 
 _SWITCH = "NEMO_FP8_KERNELS"
 
@@ -54,12 +55,17 @@ def library() -> Library | None:
 
 def for_tensor(x: Tensor) -> Library | None:
     """The kernels, where they can read `x`: a plain fp32, bf16 or fp16 host tensor."""
-    return library() if x.device.type == "cpu" and x.dtype in INPUTS else None
+    return library() if x.dtype in INPUTS and on_host(x) else None
 
 
 def for_codes(codes: Tensor) -> Library | None:
     """The kernels, where they can read these codes: contiguous on the host."""
-    return library() if codes.device.type == "cpu" and codes.is_contiguous() else None
+    return library() if on_host(codes) and codes.is_contiguous() else None
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether `x` has memory on the host that a kernel can read; a FakeTensor, for one, has none."""
+    return type(x) in (Tensor, Parameter) and x.device.type == "cpu"
 
 
 def _find() -> Library | None:

@@ -1,5 +1,5 @@
 """Marks of what did not pass by in a step: what a replayed CUDA graph quantises passes no function that could
-be watched.
+be watched, and what is quantised for all experts at once has no tensors of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Unseen:
 
     `unobserved` are the operands of which nothing was read, and `graphed` all of a module that runs as a CUDA
     graph: of it there is what Transformer Engine keeps in its buffers (delayed scaling's state, cached
-    weights) and nothing else.
+    weights) and nothing else. Of a `GroupedLinear(use_grouped_tensor=True)`, which quantises all experts'
+    inputs with one quantizer into one tensor (`transformer_engine/pytorch/module/grouped_linear.py`), there
+    are the weights.
 
     Args:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
@@ -53,15 +55,17 @@ class Unseen:
         of_linear = owners.of_linear
         unseen = []
         for linear in linears:
-            for owned in of_linear.get(linear.path, {}).values():
-                if owned.seen == step:
-                    break
-            else:
-                if linear.module.fp8 and linear.module.training:
-                    unseen.append(linear)
+            grouped = getattr(linear.module, "use_grouped_tensor", False)
+            seen = [owned.seen == step for owned in of_linear.get(linear.path, {}).values()]
+            passed_by = all(seen) and bool(seen) if grouped else any(seen)
+            if not passed_by and linear.module.fp8 and linear.module.training:
+                unseen.append(linear)
         if not unseen:
             return None
-        read = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
+        known = {(spec.module, spec.tensor) for reading in readings for spec in reading.specs}
+        for linear in unseen:  # an expert without tokens is seen, and nothing is read of it
+            those = of_linear.get(linear.path, {}).values()
+            known |= {owned.operand for owned in those if owned.seen == step}
         modules = frozenset(id(linear.module) for linear in unseen)
         if self._graphed is None or self._graphed[0] != modules:
             self._graphed = (modules, modules & graphed_modules(self._model).keys())
@@ -71,7 +75,7 @@ class Unseen:
                 if quantizer is None:
                     continue
                 marks = ["graphed"] if id(linear.module) in self._graphed[1] else []
-                marks += ["unobserved"] if (linear.path, tensor) not in read else []
+                marks += ["unobserved"] if (linear.path, tensor) not in known else []
                 recipe, fmt = recipe_of(quantizer), element_format(quantizer)
                 specs += [ReadingSpec(linear.path, tensor, mark, recipe, fmt, "max") for mark in marks]
         if not specs:

@@ -131,6 +131,24 @@ def test_an_expert_without_tokens_was_seen_and_has_no_statistics() -> None:
     assert not [name for _, name in found if name == "unobserved"]
 
 
+def test_what_is_quantised_for_all_experts_at_once_says_so() -> None:
+    watched = Watched()
+    watched.module.use_grouped_tensor = True
+    watched.call(torch.ones(4, 16), watched.weight)
+    found = watched.end()
+    assert {tensor for tensor, name in found if name == "unobserved"} == {"input", "grad_output"}
+    assert found["weight", "elements"] == 64
+
+
+def test_a_grouped_linear_that_quantises_each_expert_by_itself_is_seen() -> None:
+    watched = Watched()
+    watched.module.use_grouped_tensor = True
+    watched.call(torch.ones(4, 16), watched.weight)
+    watched.call(torch.ones(0, 16), watched.input)  # without tokens
+    watched.call(torch.ones(0, 16), watched.module.quantizers["scaling_bwd"][0])
+    assert not [name for _, name in watched.end() if name == "unobserved"]
+
+
 def test_nothing_of_ours_runs_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 

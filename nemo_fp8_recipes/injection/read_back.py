@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
+from nemo_fp8_recipes.injection.fused_mlp import FusedLinear, fused_linears
 from nemo_fp8_recipes.injection.module_names import NamedModule, model_chunks, named_modules
 from nemo_fp8_recipes.injection.operands import format_of, high_precision, read_quantizer, recipe_of
 from nemo_fp8_recipes.injection.peers import derives_from
@@ -58,21 +59,24 @@ def manifest(model: nn.Module | Sequence[nn.Module], recipe: Recipe | None = Non
     device = _device_name()
     config = next((chunk.config for chunk in model_chunks(model) if hasattr(chunk, "config")), None)
     graphed = graphed_modules(model)
+    modules = tuple(named_modules(model))
+    fused = fused_linears(modules)
     rows = [
         dataclasses.replace(row, cuda_graph=graphed.get(id(named.module)))
-        for named in named_modules(model)
-        for row in _rows(named, config, device)
+        for named in modules
+        for row in _rows(named, fused.get(id(named.module)), config, device)
     ]
     return Manifest(tuple(rows), asked=recipe.name if recipe is not None else None)
 
 
-def _rows(named: NamedModule, config: Any, device: str) -> Iterator[ManifestRow]:
+def _rows(named: NamedModule, fused: FusedLinear | None, config: Any, device: str) -> Iterator[ManifestRow]:
     module = named.module
     if derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
         if derives_from(module, "transformer_engine", "DotProductAttention"):
             yield _attention_row(named, config, device)
         else:
-            yield from _linear_rows(named, config, device)
+            runs = named if fused is None else dataclasses.replace(named, module=fused)
+            yield from _linear_rows(runs, config, device)
     elif (code := _outside_transformer_engine(named)) is not None:
         yield _high_precision_row(named, code, device)
 
@@ -101,7 +105,7 @@ def _linear_rows(named: NamedModule, config: Any, device: str) -> Iterator[Manif
     for index, (recipe, operands) in enumerate(gemms if different else gemms[:1]):
         yield ManifestRow(
             module=f"{named.path}.gemm{index}" if different else named.path,
-            module_class=type(module).__name__,
+            module_class=_class_name(module),
             quantized=True,
             recipe=recipe,
             te_recipe=_te_recipe(module),
@@ -159,7 +163,7 @@ def _attention_row(named: NamedModule, config: Any, device: str) -> ManifestRow:
 def _high_precision_row(named: NamedModule, code: str, device: str) -> ManifestRow:
     return ManifestRow(
         module=named.path,
-        module_class=type(named.module).__name__,
+        module_class=_class_name(named.module),
         quantized=False,
         recipe="bf16",
         te_recipe=None,
@@ -172,6 +176,12 @@ def _high_precision_row(named: NamedModule, code: str, device: str) -> ManifestR
         reason=REASONS[code],
         device=device,
     )
+
+
+def _class_name(module: Any) -> str:
+    """What ran: of a fused MLP an operation."""
+    runs = (module.operation or module.module) if isinstance(module, FusedLinear) else module
+    return type(runs).__name__
 
 
 def _why_not(named: NamedModule, config: Any) -> str:

@@ -9,10 +9,11 @@ class only).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.injection.fused_mlp import forget_operations, is_fused_mlp, recipe_states
 from nemo_fp8_recipes.injection.module_names import NamedModule, named_modules
 from nemo_fp8_recipes.injection.peers import derives_from
 
@@ -75,7 +76,10 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             allowed=[False],
         )
     state = _global()
-    ours = {entry for named in modules for entry in _buffer_entries(named.module)}
+    fused = [named.module for named in named_modules(model) if is_fused_mlp(named.module)]
+    metas = [named.module.fp8_meta for named in modules]
+    metas += [meta for mlp in fused for meta in recipe_states(mlp)]
+    ours = {entry for meta in metas for entry in _buffer_entries(meta)}
     for key, histories in state.global_amax_history_buffer.items():
         if any((key, position) not in ours for position in range(len(histories))):
             raise InjectionError(
@@ -85,6 +89,8 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             )
     for named in modules:
         _reset_module(named.module)
+    for mlp in fused:
+        forget_operations(mlp)
     for buffer in (
         "global_amax_buffer",
         "global_amax_history_buffer",
@@ -105,9 +111,11 @@ def _reset_module(module: Any) -> None:
     module._fp8_workspaces.clear()  # weights quantised and cached for the micro-batches of a step
 
 
-def _buffer_entries(module: Any) -> Iterator[tuple[str, int]]:
-    """The entries of the global buffers that are a module's, as (key, position); kept flat the other way."""
-    flat = module.fp8_meta.get(_manager().get_buffer_info(), [])
+def _buffer_entries(meta: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The entries of the global buffers that a module's `fp8_meta` names, as (key, position); kept flat the
+    other way.
+    """
+    flat = meta.get(_manager().get_buffer_info(), [])
     yield from zip(flat[1::2], flat[0::2], strict=True)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemo_fp8_recipes.injection.fused_mlp import fused_linears
 from nemo_fp8_recipes.injection.module_names import named_modules
 from nemo_fp8_recipes.injection.peers import derives_from
 
@@ -44,7 +45,7 @@ class Linear:
     Attributes:
         path: module path in the whole model; `<path>.gemm<i>` for module with several GEMMs, where i counts
             experts over the expert-parallel ranks.
-        module: the Transformer Engine module.
+        module: the Transformer Engine module, or what is read instead of it (`injection/fused_mlp.py`).
         gemm: index of the GEMM within the module on this rank.
     """
 
@@ -119,12 +120,15 @@ def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:
     Linears that run in high precision are among them; they just never show a quantised operand.
     """
     found = []
-    for named in named_modules(model):
+    modules = tuple(named_modules(model))
+    fused = fused_linears(modules)
+    for named in modules:
         module: Any = named.module
         if not derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
             continue
         if derives_from(module, "transformer_engine", "DotProductAttention"):
             continue
+        module = fused.get(id(module), module)
         gemms = int(module.fp8_meta.get("num_gemms") or _gemms(module))
         offset = _expert_offset(named.path, gemms)
         for gemm in range(gemms):

@@ -1,0 +1,105 @@
+"""Megatron's fused MLP runs operations of Transformer Engine: they are read, by the names of the modules."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_fp8_recipes import recipes
+from nemo_fp8_recipes.injection import inject, manifest, require_quantized, switch
+from nemo_fp8_recipes.telemetry.elements import MEASURED
+from nemo_fp8_recipes.telemetry.linears import linears
+from nemo_fp8_recipes.telemetry.observer import Observer
+
+from . import gpt
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+FP8 = ["delayed", "tensorwise", "mxfp8", "blockwise", "nvfp4"]
+FUSED = ("mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def build(recipe):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    config = gpt.config_of(recipe, layers=1)
+    return gpt.build(config, spec=get_gpt_layer_with_transformer_engine_spec(use_te_op_fuser=True)), config
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_the_operations_are_read_back_by_the_modules_names(name, trace):
+    recipe = recipes.load(name)
+    model, config = build(recipe)
+    with inject(recipe, config=config), trace() as observed:
+        gpt.train_step(model)
+    found = manifest(model, recipe)
+    require_quantized(found, recipe)
+    rows = {row.module: row for row in found.quantized()}
+    assert {path.removeprefix("decoder.layers.0.") for path in rows} == set(gpt.LINEARS)
+    assert {rows[f"decoder.layers.0.{path}"].module_class for path in FUSED} == {"BasicLinear"}
+    assert sum(gemm.quantized for gemm in observed.gemms) == 3 * len(gpt.LINEARS)
+
+
+def test_before_the_first_step_nothing_has_run():
+    recipe = recipes.load("mxfp8")
+    model, _ = build(recipe)
+    rows = {row.module: row for row in manifest(model).rows}
+    assert {rows[f"decoder.layers.0.{path}"].reason_code for path in FUSED} == {"no_forward"}
+
+
+def test_a_model_in_bf16_says_so():
+    model, config = build(None)
+    with inject(recipes.load("bf16"), config=config):
+        gpt.train_step(model)
+    rows = {row.module: row for row in manifest(model).rows}
+    assert {rows[f"decoder.layers.0.{path}"].reason_code for path in FUSED} == {"outside_context"}
+
+
+def test_a_recipe_takes_over_and_delayed_scaling_comes_back():
+    delayed = recipes.load("delayed")
+    model, config = build(delayed)
+    with inject(delayed, config=config) as injection:
+        gpt.train_step(model)
+        for recipe in (recipes.load("mxfp8"), recipes.load("tensorwise"), delayed):
+            switch(injection, model, recipe)
+            for seed in range(3):
+                gpt.train_step(model, seed=seed)
+            require_quantized(manifest(model, recipe), recipe)
+    linear = next(one for one in linears(model) if one.path.endswith("linear_fc1"))
+    scales = {tensor: scale[column].item() for tensor, scale, column in linear.scale_columns()}
+    assert scales.keys() == {"input", "weight", "grad_output"}
+    assert 1.0 not in scales.values()
+
+
+def test_options_of_the_same_recipe_take_effect():
+    recipe = recipes.load("tensorwise")
+    model, config = build(recipe)
+    with inject(recipe, config=config) as injection:
+        gpt.train_step(model)
+        other = recipes.load("tensorwise", use_power_2_scales=True)
+        switch(injection, model, other)
+        gpt.train_step(model)
+    require_quantized(manifest(model, other), other)
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_telemetry_sees_every_operand_of_the_operations(name):
+    recipe = recipes.load(name)
+    model, config = build(recipe)
+    observer = Observer(model, history=False)
+    with inject(recipe, config=config):
+        for step in range(2):
+            observer.begin(stats=True)
+            gpt.train_step(model, seed=step)
+            reading = observer.end()
+    assert reading is not None
+    elements = {(spec.module, spec.tensor) for spec in reading.specs if spec.name == "elements"}
+    measured = {name for name, _ in MEASURED}
+    kept = {(spec.module, spec.tensor) for spec in reading.specs if spec.name not in measured}
+    every = {
+        (f"decoder.layers.0.{path}", tensor)
+        for path in gpt.LINEARS
+        for tensor in ("input", "weight", "grad_output")
+    }
+    assert elements == every
+    assert kept == every
+    assert not [spec for spec in reading.specs if spec.name == "unobserved"]

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
-from nemo_fp8_recipes.injection.fused_mlp import FusedLinear, fused_linears
 from nemo_fp8_recipes.injection.module_names import NamedModule, model_chunks, named_modules
 from nemo_fp8_recipes.injection.operands import format_of, high_precision, read_quantizer, recipe_of
+from nemo_fp8_recipes.injection.operations import OperationLinear, linear_path, operation_linears
 from nemo_fp8_recipes.injection.peers import derives_from
 from nemo_fp8_recipes.injection.rows import Manifest, ManifestRow, OperandRow
 
@@ -34,6 +34,7 @@ REASONS = {
     "per_module_override": "switched off by a per-module quant_recipe",
     "not_transformer_engine": "not a Transformer Engine module",
     "no_forward": "has not run yet",
+    "no_fp8_forward": "has not run in an FP8 context",
     "outside_context": "ran outside every FP8 context",
 }
 """Why a module is in high precision: code, and the sentence of the row. The codes are part of the schema."""
@@ -60,23 +61,27 @@ def manifest(model: nn.Module | Sequence[nn.Module], recipe: Recipe | None = Non
     config = next((chunk.config for chunk in model_chunks(model) if hasattr(chunk, "config")), None)
     graphed = graphed_modules(model)
     modules = tuple(named_modules(model))
-    fused = fused_linears(modules)
+    operations = operation_linears(modules)
     rows = [
         dataclasses.replace(row, cuda_graph=graphed.get(id(named.module)))
         for named in modules
-        for row in _rows(named, fused.get(id(named.module)), config, device)
+        for row in _rows(named, operations.get(id(named.module)), config, device)
     ]
     return Manifest(tuple(rows), asked=recipe.name if recipe is not None else None)
 
 
-def _rows(named: NamedModule, fused: FusedLinear | None, config: Any, device: str) -> Iterator[ManifestRow]:
+def _rows(
+    named: NamedModule, operation: OperationLinear | None, config: Any, device: str
+) -> Iterator[ManifestRow]:
     module = named.module
-    if derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
+    if operation is not None:
+        path = linear_path(named.path)
+        yield from _linear_rows(dataclasses.replace(named, path=path, module=operation), config, device)
+    elif derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
         if derives_from(module, "transformer_engine", "DotProductAttention"):
             yield _attention_row(named, config, device)
         else:
-            runs = named if fused is None else dataclasses.replace(named, module=fused)
-            yield from _linear_rows(runs, config, device)
+            yield from _linear_rows(named, config, device)
     elif (code := _outside_transformer_engine(named)) is not None:
         yield _high_precision_row(named, code, device)
 
@@ -179,8 +184,8 @@ def _high_precision_row(named: NamedModule, code: str, device: str) -> ManifestR
 
 
 def _class_name(module: Any) -> str:
-    """What ran: of a fused MLP an operation."""
-    runs = (module.operation or module.module) if isinstance(module, FusedLinear) else module
+    """What ran, which may be an operation."""
+    runs = (module.operation or module.module) if isinstance(module, OperationLinear) else module
     return type(runs).__name__
 
 
@@ -188,7 +193,7 @@ def _why_not(named: NamedModule, config: Any) -> str:
     """Why a Transformer Engine module did not run quantised."""
     module: Any = named.module
     if not getattr(module, "forwarded_at_least_once", module.activation_dtype is not None):
-        return "no_forward"
+        return "no_fp8_forward" if getattr(module, "operation", None) is not None else "no_forward"
     if getattr(module, "te_quant_params", None) is not None:
         return "per_module_override"
     if named.layer is not None and _in_bf16(config, named.layer):

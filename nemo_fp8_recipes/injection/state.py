@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import InjectionError
-from nemo_fp8_recipes.injection.fused_mlp import forget_operations, is_fused_mlp, recipe_states
 from nemo_fp8_recipes.injection.module_names import NamedModule, named_modules
+from nemo_fp8_recipes.injection.operations import forget_quantizers, is_linear, recipe_states
 from nemo_fp8_recipes.injection.peers import derives_from
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             "The quantisation state cannot be reset inside a Transformer Engine FP8 context."
         )
     modules = tuple(_te_modules(model))
+    everything = tuple(named_modules(model))
     quantized = [named.path for named in modules if named.module.primary_weights_in_fp8]
+    quantized += [named.path for named in everything if _keeps_weight_quantized(named.module)]
     if quantized:
         raise InjectionError(
             f"The recipe of {quantized[0]} cannot change: its primary weight is stored quantised.",
@@ -76,9 +78,8 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             allowed=[False],
         )
     state = _global()
-    fused = [named.module for named in named_modules(model) if is_fused_mlp(named.module)]
     metas = [named.module.fp8_meta for named in modules]
-    metas += [meta for mlp in fused for meta in recipe_states(mlp)]
+    metas += [meta for named in everything for meta in recipe_states(named.module)]
     ours = {entry for meta in metas for entry in _buffer_entries(meta)}
     for key, histories in state.global_amax_history_buffer.items():
         if any((key, position) not in ours for position in range(len(histories))):
@@ -89,8 +90,8 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
             )
     for named in modules:
         _reset_module(named.module)
-    for mlp in fused:
-        forget_operations(mlp)
+    for named in everything:
+        forget_quantizers(named.module)
     for buffer in (
         "global_amax_buffer",
         "global_amax_history_buffer",
@@ -98,6 +99,11 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
         "autocast_arguments",
     ):
         getattr(state, buffer).clear()
+
+
+def _keeps_weight_quantized(module: Any) -> bool:
+    """Whether this is a linear operation whose parameter is stored quantised."""
+    return is_linear(module) and derives_from(module.weight, "transformer_engine", "QuantizedTensor")
 
 
 def _reset_module(module: Any) -> None:

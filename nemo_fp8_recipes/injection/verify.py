@@ -200,6 +200,8 @@ def _advice(manifest: Manifest) -> str:
             "The model has Transformer Engine layers, so Megatron's FP8 context was never entered: "
             "set the config fields that recipe.megatron() gives, and run the model inside inject(recipe)."
         )
+    if "no_fp8_forward" in codes:
+        return "Run a training step first, inside autocast(recipe): operations keep quantizers since then."
     if "no_forward" in codes:
         return "Run a training step first: quantizers exist only after a forward pass."
     return (

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_fp8_recipes.injection.fused_mlp import fused_linears
 from nemo_fp8_recipes.injection.module_names import named_modules
+from nemo_fp8_recipes.injection.operations import linear_path, operation_linears
 from nemo_fp8_recipes.injection.peers import derives_from
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Linear:
     Attributes:
         path: module path in the whole model; `<path>.gemm<i>` for module with several GEMMs, where i counts
             experts over the expert-parallel ranks.
-        module: the Transformer Engine module, or what is read instead of it (`injection/fused_mlp.py`).
+        module: the Transformer Engine module, or what is read instead of it (`injection/operations.py`).
         gemm: index of the GEMM within the module on this rank.
     """
 
@@ -121,14 +121,17 @@ def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:
     """
     found = []
     modules = tuple(named_modules(model))
-    fused = fused_linears(modules)
+    operations = operation_linears(modules)
     for named in modules:
         module: Any = named.module
+        operation = operations.get(id(module))
+        if operation is not None:
+            found.append(Linear(linear_path(named.path), operation, 0))
+            continue
         if not derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
             continue
         if derives_from(module, "transformer_engine", "DotProductAttention"):
             continue
-        module = fused.get(id(module), module)
         gemms = int(module.fp8_meta.get("num_gemms") or _gemms(module))
         offset = _expert_offset(named.path, gemms)
         for gemm in range(gemms):

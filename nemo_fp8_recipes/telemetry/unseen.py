@@ -1,5 +1,6 @@
 """Marks of what did not pass by in a step: what a replayed CUDA graph quantises passes no function that could
-be watched, and what is quantised for all experts at once has no tensors of its own.
+be watched, what is quantised for all experts at once has no tensors of its own, and an operation may keep a
+function from a time when nobody watched.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
 from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.injection.operations import OperationLinear
 from nemo_fp8_recipes.telemetry.linears import Linear
 from nemo_fp8_recipes.telemetry.owners import Owners
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element_format
@@ -28,7 +30,8 @@ class Unseen:
     graph: of it there is what Transformer Engine keeps in its buffers (delayed scaling's state, cached
     weights) and nothing else. Of a `GroupedLinear(use_grouped_tensor=True)`, which quantises all experts'
     inputs with one quantizer into one tensor (`transformer_engine/pytorch/module/grouped_linear.py`), there
-    are the weights.
+    are the weights. Operations keep the function that fuses an activation's gradient with the bias gradient
+    (`ops/fused/backward_activation_bias.py`): what it quantises is not seen.
 
     Args:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
@@ -55,9 +58,11 @@ class Unseen:
         of_linear = owners.of_linear
         unseen = []
         for linear in linears:
-            grouped = getattr(linear.module, "use_grouped_tensor", False)
+            partly = isinstance(linear.module, OperationLinear) or getattr(
+                linear.module, "use_grouped_tensor", False
+            )
             seen = [owned.seen == step for owned in of_linear.get(linear.path, {}).values()]
-            passed_by = all(seen) and bool(seen) if grouped else any(seen)
+            passed_by = all(seen) and bool(seen) if partly else any(seen)
             if not passed_by and linear.module.fp8 and linear.module.training:
                 unseen.append(linear)
         if not unseen:

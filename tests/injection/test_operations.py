@@ -1,20 +1,39 @@
-"""Megatron's fused MLP runs operations of Transformer Engine: they are read, by the names of the modules."""
+"""Linear layers that run as operations of Transformer Engine: alone, and in Megatron's fused MLP, where they
+are read by the names of the modules.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from nemo_fp8_recipes import recipes
-from nemo_fp8_recipes.injection import inject, manifest, require_quantized, switch
+from nemo_fp8_recipes.errors import InjectionError
+from nemo_fp8_recipes.injection import (
+    autocast,
+    inject,
+    manifest,
+    require_quantized,
+    reset_quantization_state,
+    switch,
+)
 from nemo_fp8_recipes.telemetry.elements import MEASURED
 from nemo_fp8_recipes.telemetry.linears import linears
 from nemo_fp8_recipes.telemetry.observer import Observer
+
+from tests.support.te_release import since
 
 from . import gpt
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-FP8 = ["delayed", "tensorwise", "mxfp8", "blockwise", "nvfp4"]
+FP8 = [
+    "delayed",
+    "tensorwise",
+    "mxfp8",
+    "nvfp4",
+    pytest.param("blockwise", marks=since("2.20")),  # operations refuse it before
+]
 FUSED = ("mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -103,3 +122,82 @@ def test_telemetry_sees_every_operand_of_the_operations(name):
     assert elements == every
     assert kept == every
     assert not [spec for spec in reading.specs if spec.name == "unobserved"]
+
+
+def plain(*, bias=False):
+    import transformer_engine.pytorch as te
+
+    return te.ops.Sequential(
+        te.ops.LayerNorm(128, dtype=torch.bfloat16),
+        te.ops.Linear(128, 256, bias=bias, dtype=torch.bfloat16),
+        te.ops.GELU(),
+        te.ops.BasicLinear(256, 128, dtype=torch.bfloat16),
+    )
+
+
+def plain_step(model, recipe, *, seed=0):
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_()
+    with autocast(recipe):
+        y = model(x)
+    y.float().square().mean().backward()
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_operations_of_plain_transformer_engine_have_rows(name):
+    recipe = recipes.load(name)
+    model = plain()
+    assert {row.reason_code for row in manifest(model).rows} == {"no_fp8_forward"}
+    observer = Observer(model, history=False)
+    observer.begin(stats=True)
+    plain_step(model, recipe)
+    reading = observer.end()
+    found = manifest(model, recipe)
+    require_quantized(found, recipe)
+    assert [row.module for row in found.rows] == ["1", "3"]
+    assert reading is not None
+    assert {(spec.module, spec.tensor) for spec in reading.specs if spec.name == "elements"} == {
+        (path, tensor) for path in ("1", "3") for tensor in ("input", "weight", "grad_output")
+    }
+
+
+def test_a_gradient_that_a_kept_function_quantises_is_marked():
+    recipe = recipes.load("mxfp8")
+    model = plain(bias=True)
+    plain_step(model, recipe)  # here the operations of the backward pass are fused
+    observer = Observer(model, history=False)
+    observer.begin()
+    plain_step(model, recipe)
+    reading = observer.end()
+    assert reading is not None
+    assert {(spec.module, spec.tensor) for spec in reading.specs if spec.name == "unobserved"} == {
+        ("1", "grad_output")
+    }
+
+
+def test_a_plain_recipe_changes_with_all_its_options():
+    model = plain()
+    plain_step(model, recipes.load("delayed"))
+    for recipe in (
+        recipes.load("tensorwise"),
+        recipes.load("tensorwise", use_power_2_scales=True),
+        recipes.load("delayed", amax_history_len=4),
+    ):
+        reset_quantization_state(model)
+        for seed in range(3):
+            plain_step(model, recipe, seed=seed)
+        require_quantized(manifest(model, recipe), recipe)
+    scales = [scale[column].item() for one in linears(model) for _, scale, column in one.scale_columns()]
+    assert len(scales) == 6
+    assert 1.0 not in scales
+
+
+def test_a_weight_that_is_stored_quantised_keeps_its_recipe():
+    import transformer_engine.pytorch as te
+
+    recipe = recipes.load("tensorwise")
+    with te.quantized_model_init(recipe=recipe.te()):
+        model = te.ops.Sequential(te.ops.Linear(128, 128, dtype=torch.bfloat16))
+    plain_step(model, recipe)
+    require_quantized(manifest(model, recipe), recipe)
+    with pytest.raises(InjectionError, match="stored quantised"):
+        reset_quantization_state(model)

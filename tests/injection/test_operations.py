@@ -20,7 +20,6 @@ from nemo_fp8_recipes.injection import (
 from nemo_fp8_recipes.telemetry.elements import MEASURED
 from nemo_fp8_recipes.telemetry.linears import linears
 from nemo_fp8_recipes.telemetry.observer import Observer
-
 from tests.support.te_release import since
 
 from . import gpt

@@ -20,6 +20,8 @@ VENV ?= .venv
 VENV_NEMO ?= .venv-nemo
 VENV_BRIDGE ?= .venv-bridge
 VENV_3_12 ?= .venv-3.12
+# KB that installing it takes, packages as they are downloaded and unpacked.
+ROOM_3_12 ?= 8000000
 # Megatron-Bridge 0.3.1 and its Megatron-Core, found before the newer ones.
 BRIDGE_0_3 = $(abspath $(VENV_BRIDGE))/bridge-0.3
 CONFORMANCE = $(abspath $(VENV))/conformance
@@ -137,6 +139,8 @@ PYTHON_3_12 ?= $(shell for one in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/
 TESTS_3_12 ?= tests
 test-python-3.12:
 	@if [ -z "$(PYTHON_3_12)" ]; then echo "There is no Python 3.12 here: its tests are skipped."; \
+	  elif [ ! -e $(VENV_3_12)/.installed ] && [ "$$(df -Pk . | awk 'END { print $$4 }')" -lt $(ROOM_3_12) ]; then \
+	    echo "There is less room than $(ROOM_3_12) KB for Python 3.12 and a CUDA build: its tests are skipped."; \
 	  else $(MAKE) --no-print-directory run-python-3.12 PYTHON_3_12="$(PYTHON_3_12)"; fi
 
 run-python-3.12: $(VENV_3_12)/.installed

@@ -68,7 +68,7 @@ class OperationLinear:
 
     @property
     def activation_dtype(self) -> Any:
-        return self.module.weight.dtype
+        return next(self.module.parameters()).dtype
 
     @property
     def _fp8_workspaces(self) -> dict[str, Any]:
@@ -87,8 +87,9 @@ class _FusedLinear(OperationLinear):
 
     @property
     def operation(self) -> Any | None:
+        weight = getattr(self.module, "weight", None)  # a grouped linear has several, under other names
         for operation in _fused(self._mlp):
-            if getattr(operation, "weight", None) is self.module.weight and is_linear(operation):
+            if is_linear(operation) and operation.weight is weight:
                 return operation
         return None
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.processes import run_emulated
+
 pytestmark = pytest.mark.usefixtures("emulated")
 
 
@@ -315,3 +317,16 @@ def test_what_writes_checkpoints_finds_quantised_weights_on_the_host(recipe: str
     exec("def asks(tensor):\n    return tensor.is_cpu", vars(writer))  # a function of that module
     assert writer.asks(weight)
     assert not weight.is_cpu
+
+
+@pytest.mark.parametrize(("on_this_node", "count"), [("1", 1), ("4", 4)])
+def test_a_node_has_a_device_for_every_process_that_torchrun_started(on_this_node: str, count: int) -> None:
+    seen = run_emulated(
+        "import torch\nresult([torch.cuda.device_count(), torch.cuda.current_device()])",
+        env={"LOCAL_WORLD_SIZE": on_this_node},
+    )
+    assert seen == [count, 0]  # of its own it has one
+
+
+def test_nccl_is_there_by_name() -> None:
+    assert torch.distributed.is_nccl_available()  # what asks for it gets gloo

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
-import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nemo_fp8_recipes
-from nemo_fp8_recipes.emulation.conformance.report import STOPPED, PartResult, markdown, read
+from nemo_fp8_recipes.emulation.conformance.outcomes import Kept
+from nemo_fp8_recipes.emulation.conformance.report import PartResult, left_out, markdown, read
+from nemo_fp8_recipes.emulation.conformance.running import ENVIRONMENT, run
 from nemo_fp8_recipes.emulation.conformance.suite import SUITE, Part
 
 
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         help="keep outcomes here; use those of the same run, and go on where it was stopped",
     )
+    parser.add_argument("--workers", type=int, default=1, help="as many files at a time")
     parser.add_argument("--kept-only", action="store_true", help="run nothing, tell what --keep has")
     options = parser.parse_args(arguments)
     if options.kept_only and options.keep is None:
@@ -54,25 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(missing) == len(parts):
         print("error: none of the files is in this source tree, nothing was run.", file=sys.stderr)
         return 2
-    results = []
-    absent = list(missing)
-    for part in parts:
-        if part.file not in missing:
-            seconds = None if options.kept_only else options.file_minutes * 60
-            done = _result(options.tests, part, seconds, options.keep)
+    seconds = None if options.kept_only else options.file_minutes * 60
+    results, absent, commits = [], list(missing), set()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as workers:
+        there = [part for part in parts if part.file not in missing]
+        kept = [_kept(options.keep or Path(scratch), options.tests, part) for part in there]
+        run_one = functools.partial(_result, tests=options.tests, seconds=seconds)
+        for part, outcomes, done in zip(there, kept, workers.map(run_one, there, kept), strict=True):
             if done is None:
                 absent.append(part.file)
                 continue
             results.append(done)
+            commits.add(outcomes.made_at())
             print(
                 f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
                 f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
                 file=sys.stderr,
             )
-    notes = _notes(results, options.tests)
+    notes = _notes(results, options.tests, commits)
     if absent:
         notes += ["", f"Not run: {', '.join(f'`{file}`' for file in absent)}."]
-    table = markdown(results, title="Transformer Engine's own tests, emulated", notes=notes)
+    more = [] if options.files else left_out(options.tests)
+    table = markdown(results, title="Transformer Engine's own tests, emulated", notes=notes, more=more)
     if options.output is None:
         print(table)
     else:
@@ -90,124 +98,56 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
     return [dataclasses.replace(part, sample=sample) for part in parts]
 
 
-def _result(tests: Path, part: Part, seconds: float | None, keep: Path | None) -> PartResult | None:
-    """Run a part, or read what an earlier run of the very same kept of it; `seconds` None: run nothing."""
-    if keep is None:
-        return None if seconds is None else read(part, _run(tests, part, seconds, []))
-    made_of = _made_of(tests, part)
-    kept = keep / f"{part.file.replace('/', '-')}.{part.device}.json"
-    before: list[dict[str, Any]] = []
-    if kept.exists():
-        stored = json.loads(kept.read_text(encoding="utf-8"))
-        if isinstance(stored, dict) and stored["made_of"] == made_of:
-            before = stored["outcomes"]
-    whole = bool(before) and not _stopped(before)
-    if whole or seconds is None:
-        return read(part, before) if before else None
-    entries = _run(tests, part, seconds, [entry for entry in before if not _stopped([entry])])
-    keep.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"made_of": made_of, "outcomes": entries}, indent=1), encoding="utf-8")
-    return read(part, entries)
+def _result(part: Part, kept: Kept, tests: Path, seconds: float | None) -> PartResult | None:
+    """Run a part, or what an earlier run of the very same left of it; `seconds` None: run nothing."""
+    if seconds is not None and not kept.whole():
+        kept.begin()
+        run(tests, part, seconds, kept)
+    entries = kept.entries()
+    return read(part, entries) if entries else None
 
 
-def _stopped(entries: Iterable[Mapping[str, Any]]) -> bool:
-    return any(str(entry.get("message", "")).startswith(STOPPED) for entry in entries)
-
-
-# Of the runner itself only the plugin has a say in the outcomes; the part is noted beside the digest.
-_TELLING = ("report.py", "suite.py")
+def _kept(folder: Path, tests: Path, part: Part) -> Kept:
+    name = re.sub(r"[^\w.]+", "-", part.label).strip("-")
+    return Kept(folder / f"{name}.jsonl", _made_of(tests, part), _commit())
 
 
 def _made_of(tests: Path, part: Part) -> dict[str, Any]:
     """What decides the outcomes of a part, so that those of anything else are not used for it."""
-    package = Path(nemo_fp8_recipes.__file__).parent
-    sources = [path for name in ("emulation", "numerics") for path in (package / name).rglob("*.*")]
-    sources = sorted(
-        path for path in sources if path.suffix in (".py", ".cpp", ".hpp") and path.name not in _TELLING
-    )
-    digest = hashlib.sha256()
-    for path in [tests / part.file, *sources]:
-        digest.update(path.read_bytes())
     return {
         "part": json.loads(json.dumps(dataclasses.asdict(part))),
         "python": sys.version.split()[0],
         "transformer_engine": importlib.metadata.version("transformer-engine"),
         "torch": importlib.metadata.version("torch"),
-        "sources": digest.hexdigest(),
+        "test": hashlib.sha256((tests / part.file).read_bytes()).hexdigest(),
+        "sources": _sources(),
+        "environment": ENVIRONMENT,
     }
 
 
-def _run(
-    tests: Path, part: Part, seconds: float, before: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Run the tests of a part that `before` tells nothing of; what it tells comes first in the answer."""
-    with tempfile.TemporaryDirectory() as scratch:
-        outcomes = Path(scratch) / "outcomes.jsonl"
-        outcomes.write_text("".join(f"{json.dumps(entry)}\n" for entry in before), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "nemo_fp8_recipes.emulation.conformance.plugin",
-        ]
-        command += ["-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(tests), part.file]
-        command += [
-            "--emulated-device",
-            part.device,
-            "--outcomes",
-            str(outcomes),
-            "--sample",
-            str(part.sample),
-        ]
-        if part.keyword:
-            command += ["-k", part.keyword]
-        configs = f"{tests / 'debug' / 'test_configs'}/"
-        features = _debug_features()
-        if part.file.startswith("debug/"):
-            command += ["--feature_dirs", features, "--configs_dir", configs]
-        environment = {**os.environ, **_ENVIRONMENT, **dict(part.environment)}
-        environment["NVTE_TEST_NVINSPECT_FEATURE_DIRS"] = features
-        environment.setdefault("NVTE_TEST_NVINSPECT_CONFIGS_DIR", configs)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        log = Path(scratch) / "log"
-        ended = ""
-        status = 0
-        with log.open("w", encoding="utf-8") as out:
-            try:
-                status = subprocess.run(
-                    command, cwd=tests, env=environment, stdout=out, stderr=out, timeout=seconds, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                ended = f"{STOPPED} {seconds / 60:.1f} minutes"
-        entries = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
-        fine = (0, 1, 5) if before else (0, 1)  # pytest's own: all passed, some failed, none was left
-        if status not in fine and not ended:
-            ran = sum("id" in entry for entry in entries)
-            ended = f"pytest ended with status {status} after {ran} tests: "
-            ended += log.read_text(encoding="utf-8", errors="replace")[-300:]
-        if not any("id" in entry for entry in entries):
-            ended = ended or log.read_text(encoding="utf-8", errors="replace")[-500:]
-        if ended:
-            entries.append({"id": part.file, "outcome": "failed", "message": ended})
-        return entries
+@functools.cache
+def _sources() -> str:
+    """Digest of what is emulated. Of the runner only the plugin has a say in the outcomes."""
+    package = Path(nemo_fp8_recipes.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for name in ("emulation", "numerics") for path in (package / name).rglob("*.*")):
+        runner = path.is_relative_to(Path(__file__).parent) and path.name != "plugin.py"
+        if path.suffix in (".py", ".cpp", ".hpp") and not runner:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-# Attention in FP8 falls to TE's unfused attention, which is plain torch, once it may emulate FP8.
-_ENVIRONMENT = {"NVTE_UnfusedDPA_Emulate_FP8": "1"}
+@functools.cache
+def _commit() -> str:
+    """The commit of this package's checkout, marked where something is changed; "" outside a checkout."""
+    command = ["git", "-C", str(Path(nemo_fp8_recipes.__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return ""
 
 
-def _debug_features() -> str:
-    from importlib.util import find_spec
-
-    found = find_spec("transformer_engine")
-    return str(Path(found.origin).parent / "debug" / "features") if found and found.origin else ""
-
-
-def _notes(results: Sequence[PartResult], tests: Path) -> list[str]:
+def _notes(results: Sequence[PartResult], tests: Path, commits: Collection[str]) -> list[str]:
     version = importlib.metadata.version("transformer-engine")
     sampled = sum(result.collected > len(result.outcomes) for result in results)
     stamp = tests.parent.parent / "build_tools" / "VERSION.txt"
@@ -216,6 +156,7 @@ def _notes(results: Sequence[PartResult], tests: Path) -> list[str]:
         f"Transformer Engine {version}, torch {importlib.metadata.version('torch')}. Made by",
         "`python -m nemo_fp8_recipes.emulation.conformance PATH_TO_TE/tests/pytorch`.",
         f"The tests are those of {source}. Nothing of this ran on a GPU.",
+        *([f"This package: {', '.join(sorted(commits))}."] if any(commits) else []),
         "",
         f"{sampled} of the {len(results)} files are sampled (column *run*): the tests are spread evenly over",
         "the parameters of every test function. *Needs a real GPU* is only what uses fused attention, CUDA",

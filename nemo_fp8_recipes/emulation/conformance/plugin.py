@@ -9,6 +9,7 @@ tests are run, spread evenly over the parameters of every test function.
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -19,25 +20,39 @@ import pytest
 
 __all__ = ["spread"]
 
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Its multiples, modulo 1, lie as evenly as any that can be taken one after the other."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("emulated device")
     group.addoption("--emulated-device", default="b200", help="GPU to pose as")
+    group.addoption("--emulated-devices", type=int, default=1, help="how many tests are told of")
     group.addoption("--outcomes", help="append one JSON object a test here; run no test that is in it")
     group.addoption("--sample", type=int, default=0, help="run at most this many tests; 0: all")
-    group.addoption("--test-seconds", type=int, default=120, help="a test that takes longer fails")
+    group.addoption("--test-seconds", type=int, default=300, help="a test that takes longer fails")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     from nemo_fp8_recipes.emulation import install
 
-    install(early_config.known_args_namespace.emulated_device)
+    options = early_config.known_args_namespace
+    install(options.emulated_device)
+    if options.emulated_devices > 1:
+        import torch
+
+        # A test that starts torchrun asks this for the number of processes; each of them has one device.
+        torch.cuda.device_count = lambda: options.emulated_devices
 
 
 def spread(items: Sequence[Any], wanted: int) -> list[Any]:
     """At most `wanted` of the items, evenly spread, in order; at least one of each test function as long as
     there are not more functions than that.
+
+    A function's tests are cut into runs of equal length, and one is taken of each run. At another place of
+    every run: a fixed stride that divides the number of values of an inner parameter would never leave the
+    first of them.
     """
     if wanted <= 0 or len(items) <= wanted:
         return list(items)
@@ -51,7 +66,9 @@ def spread(items: Sequence[Any], wanted: int) -> list[Any]:
     for number, indices in enumerate(by_size):
         share = min(len(indices), max(1, left // (len(by_size) - number)))
         share = min(share, left)
-        chosen += [indices[position * len(indices) // share] for position in range(share)]
+        for run in range(share):
+            first, end = run * len(indices) // share, (run + 1) * len(indices) // share
+            chosen.append(indices[first + int(run * _GOLDEN_RATIO % 1 * (end - first))])
         left -= share
     return [items[index] for index in sorted(chosen)]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nemo_fp8_recipes.emulation.conformance.suite import Part, cause, reason
+from nemo_fp8_recipes.emulation.conformance.causes import cause, reason
+from nemo_fp8_recipes.emulation.conformance.suite import LEFT_OUT, SUITE, Part
 
-__all__ = ["STOPPED", "Outcome", "PartResult", "markdown", "read"]
+__all__ = ["STOPPED", "Outcome", "PartResult", "left_out", "markdown", "read"]
 
 STOPPED = "stopped after"
 """How the note of a file begins that ran out of time: the rest of its tests did not run."""
@@ -63,7 +65,10 @@ def read(part: Part, entries: Sequence[Mapping[str, Any]]) -> PartResult:
     return PartResult(part, collected, tuple(outcomes.values()))
 
 
-def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str]) -> str:
+def markdown(
+    results: Sequence[PartResult], *, title: str, notes: Sequence[str], more: Sequence[str] = ()
+) -> str:
+    """The table, what became of the rest test by test, and the sections in `more`."""
     lines = [f"# {title}", "", *notes, ""]
     lines += [
         "| file | tests | run | passed | failed | needs a real GPU | skipped by the test |",
@@ -85,7 +90,17 @@ def markdown(results: Sequence[PartResult], *, title: str, notes: Sequence[str])
     lines += ["", "## Skipped by the tests themselves", ""]
     why = Counter(o.detail for result in results for o in result.outcomes if o.kind == "skipped")
     lines += [f"- {number} times: {_cell(text)}" for text, number in why.most_common()]
+    lines += more
     return "\n".join(lines) + "\n"
+
+
+def left_out(tests: Path) -> list[str]:
+    """The test files of a source tree that the suite does not run, with the reasons: a section."""
+    here = sorted(path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py"))
+    known = {part.file for part in SUITE}
+    lines = ["", "## Not in the suite", ""]
+    why = [(file, LEFT_OUT.get(file, "not looked at yet")) for file in here if file not in known]
+    return [*lines, *(f"- `{file}`: {verdict}" for file, verdict in why)]
 
 
 def _row(name: str, collected: int, kinds: Mapping[str, int]) -> str:

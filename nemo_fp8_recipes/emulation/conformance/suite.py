@@ -1,11 +1,10 @@
-"""Which of Transformer Engine's own tests are run, what may excuse one, and why those fail that do."""
+"""Which of Transformer Engine's own tests are run."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-__all__ = ["SUITE", "Part", "cause", "reason"]
+__all__ = ["LEFT_OUT", "SUITE", "Part"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,8 @@ class Part:
         device: GPU to pose as.
         keyword: pytest's -k expression.
         environment: variables that TE's own CI sets for this file, or that it needs here.
+        processes: how many devices the tests are told of; those that start torchrun get as many processes.
+        prepare: a program below `tests/pytorch` and its arguments that TE's CI runs first.
     """
 
     file: str
@@ -25,10 +26,14 @@ class Part:
     device: str = "b200"
     keyword: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    processes: int = 1
+    prepare: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{self.file} ({self.device}{', -k ' + repr(self.keyword) if self.keyword else ''})"
+        keyword = f", -k {self.keyword!r}" if self.keyword else ""
+        processes = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.file} ({self.device}{keyword}{processes})"
 
 
 _AS_IN_TE_CI = (("PYTORCH_JIT", "0"), ("NVTE_TORCH_COMPILE", "0"), ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"))
@@ -79,66 +84,8 @@ SUITE = (
 )
 """Whole files where a CPU runs them in minutes, samples where it takes hours."""
 
-_REASONS: tuple[tuple[str, str], ...] = (
-    (r"fused_attn|FusedAttention|flash.?attn|FlashAttention", "fused attention"),
-    (r"CUDAGraph|cuda graph|graph_pool|make_graphed|is_current_stream_capturing", "CUDA graphs"),
-    (r"[Uu]serbuffers|comm_overlap|communication overlap|ubuf", "userbuffers"),
-    (r"NCCL|nccl|device_count|torchrun|multi.?GPU", "several real GPUs"),
-    (
-        r"transformer_engine_torch\.(\S+) is not emulated on a machine without a GPU",
-        r"compiled-only kernel: \1",
-    ),
-    (r"[Tt]riton.*(active driver|driver|gpu|cuda)|0 active drivers", "compiled-only kernel: Triton"),
-)
 
-
-def reason(message: str) -> str | None:
-    """Why a test that did not pass needs a real GPU; None: nothing excuses it.
-
-    An option that the emulation of a function lacks ("quantize with …") is no excuse, a function of the
-    binding that is not emulated at all is.
-    """
-    for pattern, name in _REASONS:
-        found = re.search(pattern, message)
-        if found:
-            return found.expand(name)
-    return None
-
-
-_CAUSES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"test_selective_attention_recompute_transformer_layer_fp8_bitwise",
-        r"",
-        "expected to fail on a GPU (TE marks it so), and passes here",
-    ),
-    (
-        r"test_identity_recipe_matches_bf16_bitwise",
-        r"not equal",
-        "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
-    ),
-    (
-        r"test_mxfp8_qfactory_uses_plain_bf16_mha_boundaries",
-        r"fp8_o",
-        "it watches fused attention, in whose place the unfused one runs",
-    ),
-    (r"", r"'cpu' == 'cuda'", "`Tensor.device` tells the truth on the emulated device: it is a CPU's"),
-    (
-        r"test_statistics_multi_run|TestFusedSGD",
-        r"not close",
-        "torch sums in another order on a CPU than on a GPU",
-    ),
-    (
-        r"exact|gemm|versus_reference",
-        r"Tensor-likes are not (equal|close)|mismatch at step",
-        "the order of summation in a GEMM: the reference of the test takes another one",
-    ),
-    (r"", r"took more than \d+ s", "takes too long on a CPU"),
-)
-
-
-def cause(test: str, message: str) -> str:
-    """Why a test fails that nothing excuses, as far as it is known; empty where it is not."""
-    for where, what, why in _CAUSES:
-        if re.search(where, test) and re.search(what, message):
-            return why
-    return ""
+LEFT_OUT: dict[str, str] = {
+    "test_cuda_graphs.py": "CUDA graphs",
+}
+"""The other test files of the source tree, and why they are not in the suite."""

@@ -1,9 +1,10 @@
-"""Device queries: one posing GPU, index 0, in every process."""
+"""Device queries: one posing GPU, index 0, in every process; those of torchrun's others are counted."""
 
 # ruff: noqa: ARG001, ARG002 -- the signatures are torch's
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
         callable()
 
     def device_count() -> int:
-        return 1
+        # As on a node where every process sees all GPUs: programs check that there is one for each of them.
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def current_device() -> int:
         return 0

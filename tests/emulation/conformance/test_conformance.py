@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,12 @@ import pytest
 
 from nemo_fp8_recipes.emulation.conformance import __main__ as conformance
 from nemo_fp8_recipes.emulation.conformance.__main__ import main
+from nemo_fp8_recipes.emulation.conformance.causes import reason
+from nemo_fp8_recipes.emulation.conformance.outcomes import Entry, Kept
 from nemo_fp8_recipes.emulation.conformance.plugin import spread
-from nemo_fp8_recipes.emulation.conformance.suite import Part, reason
+from nemo_fp8_recipes.emulation.conformance.report import left_out
+from nemo_fp8_recipes.emulation.conformance.suite import LEFT_OUT, SUITE, Part
+from tests.support.processes import environment
 
 TESTS = """
 import pytest, torch
@@ -59,9 +65,20 @@ def test_a_sample_spreads_over_the_parameters_of_every_function() -> None:
         "f.py::one": 1,
         "f.py::two": 1,
     }
-    assert chosen[:3] == ["f.py::many[0]", "f.py::many[9]", "f.py::many[18]"]
+    assert chosen[:3] == ["f.py::many[0]", "f.py::many[14]", "f.py::many[20]"]
+    numbers = [int(name[len("f.py::many[") : -1]) for name in chosen if "many" in name]
+    assert [number // 9 for number in numbers] == list(range(10))
     assert spread(items, 0) == items
     assert len(spread(items, 2)) == 2
+
+
+@pytest.mark.parametrize("inner", [2, 3, 4, 5, 6, 8])
+def test_a_sample_has_every_value_of_an_inner_parameter(inner: int) -> None:
+    """A fixed stride of a multiple of their number would find the first value only."""
+    items = [Item(f"f.py::test[{outer}-{value}]") for outer in range(120) for value in range(inner)]
+    values = Counter(item.nodeid.split("-")[1] for item in spread(items, 60))
+    assert len(values) == inner
+    assert min(values.values()) >= 0.6 * 60 / inner
 
 
 @pytest.mark.parametrize(
@@ -116,14 +133,12 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     (tests / "test_recipe.py").write_text("def test_one():\n    pass\n\n\ndef test_two():\n    pass\n")
     ran: list[Part] = []
 
-    def run(
-        tests: Path, part: Part, seconds: float, before: Sequence[Mapping[str, object]]
-    ) -> list[dict[str, object]]:
+    def run(tests: Path, part: Part, seconds: float, kept: Kept) -> None:
         ran.append(part)
-        return [{"id": "test_recipe.py::test_one", "outcome": "passed", "message": ""}, *extra]
+        kept.add([{"id": "test_recipe.py::test_one", "outcome": "passed", "message": ""}, *extra])
 
-    extra: list[dict[str, object]] = []
-    monkeypatch.setattr(conformance, "_run", run)
+    extra: list[Entry] = []
+    monkeypatch.setattr(conformance, "run", run)
     call = [
         str(tests),
         "test_recipe.py",
@@ -180,6 +195,87 @@ def test_a_file_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "| `test_recipe.py (b200)` | 3 | 3 | 3 | 0 | 0 | 0 |" in table.read_text()
     assert "stopped" not in table.read_text()
     assert ran.read_text() == "0112"  # the one that had ended was not run again
+
+
+def test_what_an_interrupted_runner_has_seen_is_kept(tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    ran = tmp_path / "ran"
+    (tests / "test_recipe.py").write_text(
+        "import os, pathlib, pytest, signal\n\n"
+        "@pytest.mark.parametrize('number', range(3))\n"
+        "def test_one(number):\n"
+        f"    ran = pathlib.Path({str(ran)!r})\n"
+        "    before = ran.read_text() if ran.exists() else ''\n"
+        "    ran.write_text(f'{before}{number}')\n"
+        "    if number == 1 and before == '0':\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    table = tmp_path / "t.md"
+    call = [str(tests), "test_recipe.py", "--keep", str(tmp_path / "kept"), "--output", str(table)]
+    command = [sys.executable, "-m", "nemo_fp8_recipes.emulation.conformance", *call]
+    assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
+    assert not table.exists()
+    assert main(call) == 0
+    assert "| `test_recipe.py (b200)` | 3 | 3 | 3 | 0 | 0 | 0 |" in table.read_text()
+    assert ran.read_text() == "0112"
+
+
+def test_several_workers_tell_in_the_order_of_the_suite(tmp_path: Path) -> None:
+    for file, seconds in (("test_recipe.py", 2), ("test_custom_recipe.py", 0), ("test_mine.py", 0)):
+        (tmp_path / file).write_text(f"import time\n\ndef test_linear():\n    time.sleep({seconds})\n")
+    table = tmp_path / "t.md"
+    files = ["test_recipe.py", "test_custom_recipe.py", "test_mine.py"]
+    assert main([str(tmp_path), *files, "--workers", "2", "--output", str(table)]) == 0
+    rows = [
+        line.split("`")[1].split()[0] for line in table.read_text().splitlines() if line.startswith("| `")
+    ]
+    assert rows == files
+
+
+RANK = """
+import torch, torch.distributed as dist
+import transformer_engine.pytorch as te
+assert torch.cuda.get_device_capability() == (10, 0)
+assert torch.cuda.device_count() == 2
+dist.init_process_group("nccl")
+total = torch.ones(1, device="cuda")
+dist.all_reduce(total)
+assert total.item() == 2
+te.Linear(32, 32)(torch.ones(32, 32, device="cuda"))
+dist.destroy_process_group()
+"""
+
+STARTS_RANKS = """
+import pathlib, subprocess, torch
+
+def test_starts_torchrun():
+    ranks = f"--nproc_per_node={torch.cuda.device_count()}"
+    program = pathlib.Path(__file__).parent / "rank.py"
+    subprocess.run(["torchrun", "--standalone", ranks, str(program)], check=True)
+"""
+
+
+def test_ranks_that_a_test_starts_pose_as_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_recipe.py").write_text(STARTS_RANKS)
+    (tmp_path / "rank.py").write_text(RANK)
+    table = tmp_path / "t.md"
+    monkeypatch.setattr(conformance, "SUITE", (Part("test_recipe.py", processes=2),))
+    assert main([str(tmp_path), "test_recipe.py", "--output", str(table)]) == 0, table.read_text()
+    assert "| `test_recipe.py (b200, 2 processes)` | 1 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
+
+
+def test_every_file_of_the_source_tree_has_a_verdict(tmp_path: Path) -> None:
+    known = {part.file for part in SUITE}
+    assert not known & set(LEFT_OUT)
+    for file in (*known, *LEFT_OUT, "test_of_a_later_release.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    section = [line for line in left_out(tmp_path) if line.startswith("- ")]
+    assert "- `test_of_a_later_release.py`: not looked at yet" in section
+    assert f"- `test_cuda_graphs.py`: {LEFT_OUT['test_cuda_graphs.py']}" in section
+    assert len(section) == len(LEFT_OUT) + 1
 
 
 def test_a_pytest_that_dies_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

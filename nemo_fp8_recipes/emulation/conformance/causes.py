@@ -1,0 +1,71 @@
+"""What may excuse a test that did not pass, and why those fail that nothing excuses."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["cause", "reason"]
+
+_REASONS: tuple[tuple[str, str], ...] = (
+    (r"fused_attn|FusedAttention|flash.?attn|FlashAttention", "fused attention"),
+    (r"CUDAGraph|cuda graph|graph_pool|make_graphed|is_current_stream_capturing", "CUDA graphs"),
+    (r"[Uu]serbuffers|comm_overlap|communication overlap|ubuf", "userbuffers"),
+    (r"NCCL|nccl|device_count|torchrun|multi.?GPU", "several real GPUs"),
+    (
+        r"transformer_engine_torch\.(\S+) is not emulated on a machine without a GPU",
+        r"compiled-only kernel: \1",
+    ),
+    (r"[Tt]riton.*(active driver|driver|gpu|cuda)|0 active drivers", "compiled-only kernel: Triton"),
+)
+
+
+def reason(message: str) -> str | None:
+    """Why a test that did not pass needs a real GPU; None: nothing excuses it.
+
+    An option that the emulation of a function lacks ("quantize with …") is no excuse, a function of the
+    binding that is not emulated at all is.
+    """
+    for pattern, name in _REASONS:
+        found = re.search(pattern, message)
+        if found:
+            return found.expand(name)
+    return None
+
+
+_CAUSES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"test_selective_attention_recompute_transformer_layer_fp8_bitwise",
+        r"",
+        "expected to fail on a GPU (TE marks it so), and passes here",
+    ),
+    (
+        r"test_identity_recipe_matches_bf16_bitwise",
+        r"not equal",
+        "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
+    ),
+    (
+        r"test_mxfp8_qfactory_uses_plain_bf16_mha_boundaries",
+        r"fp8_o",
+        "it watches fused attention, in whose place the unfused one runs",
+    ),
+    (r"", r"'cpu' == 'cuda'", "`Tensor.device` tells the truth on the emulated device: it is a CPU's"),
+    (
+        r"test_statistics_multi_run|TestFusedSGD",
+        r"not close",
+        "torch sums in another order on a CPU than on a GPU",
+    ),
+    (
+        r"exact|gemm|versus_reference",
+        r"Tensor-likes are not (equal|close)|mismatch at step",
+        "the order of summation in a GEMM: the reference of the test takes another one",
+    ),
+    (r"", r"took more than \d+ s", "takes too long on a CPU"),
+)
+
+
+def cause(test: str, message: str) -> str:
+    """Why a test fails that nothing excuses, as far as it is known; empty where it is not."""
+    for where, what, why in _CAUSES:
+        if re.search(where, test) and re.search(what, message):
+            return why
+    return ""

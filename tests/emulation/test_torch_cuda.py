@@ -115,6 +115,30 @@ def test_custom_operators_and_scripts_take_a_device() -> None:
     assert moved(torch.ones(2), torch.device("cpu")).tolist() == [1.0, 1.0]
 
 
+def test_custom_operators_for_the_device_run() -> None:
+    """Transformer Engine's key-value cache is made of such operators since 2.20."""
+
+    @torch.library.custom_op("nemo_fp8_recipes_tests::doubled", mutates_args=(), device_types="cuda")
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @torch.library.custom_op("nemo_fp8_recipes_tests::tripled", mutates_args=(), device_types="cpu")
+    def tripled(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the host's")
+
+    @tripled.register_kernel("cuda")
+    def tripled_there(x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+    @torch.library.register_kernel("nemo_fp8_recipes_tests::doubled", ["cuda", "xpu"])
+    def doubled_again(x: torch.Tensor) -> torch.Tensor:
+        return 4 * x
+
+    x = torch.ones(2, device="cuda")
+    assert doubled(x).tolist() == [4.0, 4.0]
+    assert tripled(x).tolist() == [3.0, 3.0]
+
+
 def test_a_checkpoint_s_storages_are_sent_to_the_device_by_a_function() -> None:
     buffer = io.BytesIO()
     torch.save(torch.ones(2), buffer)

@@ -15,7 +15,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
         r"transformer_engine_torch\.(\S+) is not emulated on a machine without a GPU",
         r"compiled-only kernel: \1",
     ),
-    (r"[Tt]riton.*(active driver|driver|gpu|cuda)|0 active drivers", "compiled-only kernel: Triton"),
+    (
+        r"[Tt]riton.*(active driver|driver|gpu|cuda)|0 active drivers|libcuda\.so cannot found",
+        "compiled-only kernel: Triton",
+    ),
 )
 
 

@@ -10,6 +10,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     autocast.py     the device's autocast, which acts on the host's tensors
     matmul.py       16-bit matrix products, accumulated in FP32 as tensor cores do
     device_type.py  `torch.device(0)` is the posing device
+    operators.py    custom operators for the device run on its tensors
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -22,6 +23,7 @@ from nemo_fp8_recipes.emulation.torch_cuda import (
     device_type,
     matmul,
     memory,
+    operators,
     placement,
     queries,
     random,
@@ -35,6 +37,7 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     """Make torch answer as if it ran on `device`."""
     device_type.apply(ledger)
     placement.apply(ledger)
+    operators.apply(ledger)
     queries.apply(ledger, device)
     streams.apply(ledger)
     memory.apply(ledger, device)

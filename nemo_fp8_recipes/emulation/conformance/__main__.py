@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="keep outcomes here; use those of the same run, and go on where it was stopped",
     )
     parser.add_argument("--workers", type=int, default=1, help="as many files at a time")
-    parser.add_argument("--kept-only", action="store_true", help="run nothing, tell what --keep has")
+    parser.add_argument(
+        "--kept-only", action="store_true", help="run nothing, tell what --keep has, of any commit"
+    )
     options = parser.parse_args(arguments)
     if options.kept_only and options.keep is None:
         parser.error("--kept-only needs --keep.")
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: none of the files is in this source tree, nothing was run.", file=sys.stderr)
         return 2
     seconds = None if options.kept_only else options.file_minutes * 60
-    results, absent, commits = [], list(missing), set()
+    results, absent = [], list(missing)
+    commits: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as workers:
         there = [part for part in parts if part.file not in missing]
         kept = [_kept(options.keep or Path(scratch), options.tests, part) for part in there]
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 absent.append(part.file)
                 continue
             results.append(done)
-            commits.add(outcomes.made_at())
+            commits.setdefault(outcomes.made_at(), []).append(part.label)
             print(
                 f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
                 f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
@@ -99,11 +102,13 @@ def _parts(files: Iterable[str], sample: int | None) -> list[Part]:
 
 
 def _result(part: Part, kept: Kept, tests: Path, seconds: float | None) -> PartResult | None:
-    """Run a part, or what an earlier run of the very same left of it; `seconds` None: run nothing."""
+    """Run a part, or what an earlier run of the very same left of it; `seconds` None: run nothing, and take
+    what there is of any commit.
+    """
     if seconds is not None and not kept.whole():
         kept.begin()
         run(tests, part, seconds, kept)
-    entries = kept.entries()
+    entries = kept.entries(of_any_sources=seconds is None)
     return read(part, entries) if entries else None
 
 
@@ -147,20 +152,32 @@ def _commit() -> str:
         return ""
 
 
-def _notes(results: Sequence[PartResult], tests: Path, commits: Collection[str]) -> list[str]:
+def _at(commits: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which commit of this package the outcomes are of, and those that are of another one."""
+    first, *others = sorted(commits, key=lambda commit: -len(commits[commit]))
+    lines = [f"This package was at commit {first}."] if first else []
+    for commit in others:
+        labels = ", ".join(f"`{label}`" for label in commits[commit])
+        lines.append(f"At {commit or 'another one'}: {labels}.")
+    return lines
+
+
+def _notes(results: Sequence[PartResult], tests: Path, commits: Mapping[str, Sequence[str]]) -> list[str]:
     version = importlib.metadata.version("transformer-engine")
     sampled = sum(result.collected > len(result.outcomes) for result in results)
+    files = {result.part.file for result in results}
     stamp = tests.parent.parent / "build_tools" / "VERSION.txt"
     source = f"its source tree at {stamp.read_text().strip()}" if stamp.is_file() else "a source tree"
     return [
         f"Transformer Engine {version}, torch {importlib.metadata.version('torch')}. Made by",
         "`python -m nemo_fp8_recipes.emulation.conformance PATH_TO_TE/tests/pytorch`.",
         f"The tests are those of {source}. Nothing of this ran on a GPU.",
-        *([f"This package: {', '.join(sorted(commits))}."] if any(commits) else []),
+        *(_at(commits) if commits else []),
         "",
-        f"{sampled} of the {len(results)} files are sampled (column *run*): the tests are spread evenly over",
-        "the parameters of every test function. *Needs a real GPU* is only what uses fused attention, CUDA",
-        "graphs, userbuffers, several real GPUs, or a kernel that exists only compiled.",
+        f"{sampled} of the {len(results)} rows, of {len(files)} files, are sampled (column *run*): the tests",
+        "are spread evenly over the parameters of every test function. *Needs a real GPU* is only what uses",
+        "fused attention, CUDA graphs, userbuffers, several real GPUs, or a kernel that there is only",
+        "compiled.",
     ]
 
 

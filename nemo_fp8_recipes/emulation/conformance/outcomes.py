@@ -43,10 +43,14 @@ class Kept:
     made_of: Mapping[str, Any]
     commit: str
 
-    def entries(self) -> list[Entry]:
-        """The outcomes of the very same run, whole or not."""
+    def entries(self, *, of_any_sources: bool = False) -> list[Entry]:
+        """The outcomes of the very same run, whole or not; or those of whatever was emulated by then."""
         first, *entries = read_entries(self.path) or [{}]
-        return entries if first.get("made_of") == self.made_of else []
+        made_of, now = dict(first.get("made_of", {})), dict(self.made_of)
+        if of_any_sources:
+            made_of.pop("sources", None)
+            now.pop("sources", None)
+        return entries if made_of == now else []
 
     def made_at(self) -> str:
         """The commit at which they were begun."""

@@ -155,6 +155,12 @@ def test_kept_outcomes_are_those_of_the_same_run_only(
     assert main([*call, "--kept-only"]) == 0
     assert "| 1 | 1 | 0 |" in (tmp_path / "t.md").read_text()
     assert len(ran) == 1
+    assert main([*call, "--kept-only", "--sample", "1"]) == 0
+    with monkeypatch.context() as later:
+        later.setattr(conformance, "_sources", lambda: "others")
+        assert main([*call, "--kept-only"]) == 0
+        assert "| 1 | 1 | 0 |" in (tmp_path / "t.md").read_text()  # told, with the commit it is of
+        assert f"This package was at commit {conformance._commit()}." in (tmp_path / "t.md").read_text()
     main([*call, "--sample", "1"])
     main([*call, "--sample", "1"])
     assert [part.sample for part in ran] == [0, 1]

@@ -31,7 +31,7 @@ from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.trace import GemmRecord, OperandRecord, observers
 from nemo_fp8_recipes.numerics.nvfp4 import gemm_scale
 
-__all__ = ["generic_gemm", "te_general_grouped_gemm"]
+__all__ = ["generic_gemm", "multiply", "record", "te_general_grouped_gemm"]
 
 SOURCE = "pytorch/csrc/extensions/gemm.cpp"
 
@@ -133,7 +133,7 @@ def generic_gemm(
         )
         if bias is not None and gelu and grad:
             not_emulated("generic_gemm with the gradients of bias and GELU in one")
-        result = _multiply(problem, alpha).view(shape)
+        result = multiply(problem, alpha).view(shape)
         if bias is not None and not grad:
             result.add_(bias.detach().to(torch.float32))
         if accumulate:
@@ -151,7 +151,7 @@ def generic_gemm(
             bias_grad = _bias_grad(b).to(dtype)
         if observers():
             written = short_name(dtype) if quantizer is None else element_format(quantizer.dtype)
-            _record(problem, use_split_accumulator, accumulate, written)
+            record(problem, use_split_accumulator, accumulate, written)
 
     if quantizer is not None:
         # Only the per-tensor kernels write FP8 themselves, and only under a scale that is known beforehand.
@@ -237,14 +237,20 @@ def _output_dtype(tag: Any, a: Operand) -> torch.dtype:
     return dtype
 
 
-def _multiply(problem: Problem, alpha: float) -> Tensor:
-    """alpha * op(B) @ op(A), fp32 [n, m]."""
+def multiply(problem: Problem, alpha: float, ranges: tuple[int, int] | None = None) -> Tensor:
+    """alpha * op(B) @ op(A), fp32 [n, m].
+
+    Args:
+        problem: the operands.
+        alpha: the caller's factor.
+        ranges: of NVFP4, what the global scales of A and B were made with; the tensors' own where None.
+    """
     a, a_factor = problem.a.matrix()
     b, b_factor = problem.b.matrix()
     product = torch.mm(b.t() if problem.trans_b else b, a.t() if problem.trans_a else a)
     if a_factor is not None and b_factor is not None and problem.a.scaling == NVFP4_SCALING:
-        ranges = tuple(release().field(each.tensor, "nvfp4_e4m3_max") for each in (problem.a, problem.b))
-        return product.mul_(gemm_scale(a_factor, b_factor, alpha, *ranges))
+        own = (release().field(each.tensor, "nvfp4_e4m3_max") for each in (problem.a, problem.b))
+        return product.mul_(gemm_scale(a_factor, b_factor, alpha, *(ranges or own)))
     if a_factor is not None and b_factor is not None:
         product.mul_(a_factor * b_factor)
     return product.mul_(alpha) if alpha != 1.0 else product
@@ -259,9 +265,10 @@ def _bias_grad(b: Operand) -> Tensor:
     return total if factor is None else total.mul_(factor)
 
 
-def _record(problem: Problem, split_accumulator: bool, accumulate: bool, out_dtype: str) -> None:
+def record(problem: Problem, split_accumulator: bool, accumulate: bool, out_dtype: str) -> None:
+    """Tell the open traces of a GEMM."""
     a, b = problem.a, problem.b
-    record = GemmRecord(
+    made = GemmRecord(
         layout=problem.layout,
         a=OperandRecord(a.format, a.scaling, a.usage, type(a.tensor).__name__),
         b=OperandRecord(b.format, b.scaling, b.usage, type(b.tensor).__name__),
@@ -273,4 +280,4 @@ def _record(problem: Problem, split_accumulator: bool, accumulate: bool, out_dty
         out_dtype=out_dtype,
     )
     for observer in observers():
-        observer.gemms.append(record)
+        observer.gemms.append(made)

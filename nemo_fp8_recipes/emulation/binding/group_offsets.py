@@ -1,7 +1,8 @@
 """Offsets of the members of a group, their addresses, and tensors in one buffer.
 
-Follows `pytorch/csrc/extensions/misc.cpp`, `allocate.cpp` and `grouped_mlp_experimental.cpp` of Transformer
-Engine. Addresses are those of host memory, where the emulated device has its tensors.
+Follows `pytorch/csrc/extensions/misc.cpp`, `allocate.cpp`, `grouped_mlp_experimental.cpp` and, of release
+2.14, `utils.cpp` of Transformer Engine. Addresses are those of host memory, where the emulated device has its
+tensors.
 """
 
 # ruff: noqa: ARG001  # devices are pybind's arguments
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from nemo_fp8_recipes.emulation.binding.mxfp8 import swizzle
 
 __all__ = [
     "bulk_allocate",
+    "convert_host_pointers_to_tensor",
     "copy_data_ptrs_to_device",
+    "get_device_pointer_for_data_and_scales",
     "splits_to_offsets",
     "splits_to_offsets_multi",
     "swizzle_scales_and_pack_ptrs_for_discrete_weights",
@@ -27,7 +31,10 @@ __all__ = [
 MISC = "pytorch/csrc/extensions/misc.cpp"
 ALLOCATE = "pytorch/csrc/extensions/allocate.cpp"
 EXPERIMENTAL = "pytorch/csrc/extensions/grouped_mlp_experimental.cpp"
+UTILS = "pytorch/csrc/extensions/utils.cpp"
 _ALIGNMENT = 16
+_FP4 = 10
+_QUANTIZED = (7, 8, _FP4)
 
 
 def splits_to_offsets(first_dims: Tensor, logical_last_dim: int) -> Tensor:
@@ -54,7 +61,7 @@ def splits_to_offsets_multi(
         "strides, include_leading_zero, and dtypes must have matching lengths, but got "
         f"{len(strides)}, {len(include_leading_zero)}, and {len(dtypes)}.",
     )
-    sizes = split_sizes.to(torch.int64)
+    sizes = split_sizes.as_subclass(Tensor).to(torch.int64)  # whatever a caller says of its device
     sums = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
     offsets = [
         ((sums if leading else sums[1:]) * stride).to(dtype)
@@ -146,11 +153,81 @@ def swizzle_scales_and_pack_ptrs_for_discrete_weights(
         EXPERIMENTAL,
         f"Expected 2D scale tensor, but got shape={tuple(scale_tensors[0].shape)}.",
     )
+    columnwise = swizzle_type_str == "mxfp8_columnwise"
+    starts, buffer = _ordered_scales(
+        scale_tensors,
+        _scales_of(data_tensors[0], fp4=swizzle_type_str == "nvfp4", columnwise=columnwise),
+        columnwise=columnwise,
+    )
+    return _addresses([data.data_ptr() for data in data_tensors]), _addresses(starts), buffer
+
+
+def _scales_of(data: Tensor, *, fp4: bool, columnwise: bool) -> tuple[int, int]:
+    """How many scales the codes of a matrix have, without padding."""
+    rows, columns = math.prod(data.shape[:-1]), data.shape[-1]
+    if fp4:
+        return rows, columns // 8  # two codes a byte, 16 a scale
+    return (rows // 32, columns) if columnwise else (rows, columns // 32)
+
+
+def _ordered_scales(
+    scale_tensors: Sequence[Tensor], without_padding: tuple[int, int], *, columnwise: bool
+) -> tuple[list[int], Tensor]:
+    """Addresses of the scales in the GEMM's order, and the buffer that they are in. Their padding is zero,
+    whatever that of the given ones is.
+    """
     length = scale_tensors[0].numel()
     stride = -(-length // _ALIGNMENT) * _ALIGNMENT
     buffer = torch.empty(stride * len(scale_tensors), dtype=torch.uint8)
+    rows, columns = without_padding
     for number, scales in enumerate(scale_tensors):
-        ordered = swizzle(scales.detach(), columnwise=swizzle_type_str == "mxfp8_columnwise")
-        buffer[number * stride : number * stride + length].copy_(ordered.reshape(-1).view(torch.uint8))
-    starts = [buffer.data_ptr() + number * stride for number in range(len(scale_tensors))]
-    return _addresses([data.data_ptr() for data in data_tensors]), _addresses(starts), buffer
+        clean = scales.detach().view(torch.uint8).clone()
+        clean[rows:] = 0
+        clean[:, columns:] = 0
+        ordered = swizzle(clean, columnwise=columnwise)
+        buffer[number * stride : number * stride + length].copy_(ordered.reshape(-1))
+    return [buffer.data_ptr() + number * stride for number in range(len(scale_tensors))], buffer
+
+
+def convert_host_pointers_to_tensor(tensor_lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """int64, one tensor a list: the address of each of its tensors."""
+    for tensors in tensor_lists:
+        nvte_check(len(tensors) > 0, UTILS, "Tensor list is empty.")
+    return [_addresses([tensor.data_ptr() for tensor in tensors]) for tensors in tensor_lists]
+
+
+def get_device_pointer_for_data_and_scales(
+    data_tensors: Sequence[Tensor],
+    scale_tensors: Sequence[Tensor],
+    swizzle: bool = False,
+    *,
+    rowwise: bool,
+    data_dtype: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Addresses of the data and of the scales, these in the GEMM's order where that is asked for, and then
+    the buffer that they are in; an empty tensor otherwise.
+    """
+    nvte_check(len(data_tensors) > 0, UTILS, "data_tensors must not be empty.")
+    nvte_check(
+        len(data_tensors) == len(scale_tensors),
+        UTILS,
+        "data_tensors and scale_tensors must have the same size.",
+    )
+    nvte_check(
+        data_tensors[0].dim() == 2,
+        UTILS,
+        f"data_tensors elements must be 2D, got dim={data_tensors[0].dim()}",
+    )
+    addresses = _addresses([data.data_ptr() for data in data_tensors])
+    if not swizzle:
+        return (
+            addresses,
+            _addresses([scales.data_ptr() for scales in scale_tensors]),
+            torch.empty(0, dtype=torch.uint8),
+        )
+    if int(data_dtype) not in _QUANTIZED:
+        nvte_error(UTILS, "data_dtype must be an FP8 or FP4 type for swizzling.")
+    fp4 = int(data_dtype) == _FP4
+    shape = _scales_of(data_tensors[0], fp4=fp4, columnwise=not rowwise and not fp4)
+    starts, buffer = _ordered_scales(scale_tensors, shape, columnwise=not rowwise and not fp4)
+    return addresses, _addresses(starts), buffer

@@ -8,7 +8,7 @@ Engine. A member of the group is quantised as it would be alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from nemo_fp8_recipes.emulation.binding.grouped_layout import (
     member,
     with_usage,
 )
+from nemo_fp8_recipes.emulation.binding.grouped_limits import check_quantizable
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, swizzle
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, amax_of
@@ -112,8 +113,6 @@ def _quantize_group(
         "FP8 current-scaling grouped quantization does not support varying both first and last dimensions.",
     )
     group = group_of(tuple(tensor.shape), num_tensors, first_dims, last_dims, tensor_offsets)
-    if layout is NVFP4:
-        _check_nvfp4(quantizer)
     swizzled = layout in (MXFP8, NVFP4) and bool(quantizer.optimize_for_gemm)
     if output is None:
         buffers = {**allocate_group(layout, quantizer, group), **(amaxes or {})}
@@ -121,13 +120,24 @@ def _quantize_group(
     else:
         _check_output(output, group, num_tensors, quantizer)
     skip = noop_flag is not None and noop_flag.reshape(-1)[0].item() == 1.0
-    if tensor.numel() == 0 or skip:
+    if tensor.numel() == 0:
+        return output
+    check_quantizable(layout, quantizer, group, tensor)
+    if skip:
         return output
     flat = tensor.detach().contiguous().view(-1)
-    for number, shape in enumerate(group.shapes):
-        size = math.prod(shape)
-        if size:
-            part = flat[group.starts[number] : group.starts[number] + size].view(shape)
+    parts = [
+        flat[start : start + math.prod(shape)].view(shape)
+        for start, shape in zip(group.starts, group.shapes, strict=True)
+    ]
+    if layout is CURRENT:
+        _scale_per_tensor(parts, quantizer, output)
+    for number, part in enumerate(parts):
+        if not part.numel():
+            continue
+        if layout is CURRENT:
+            _cast_per_tensor(part, quantizer, group, number, output)
+        else:
             _quantize_member(part, quantizer, group, number, output, amaxes, swizzled)
     return output
 
@@ -142,24 +152,6 @@ def _tags(quantizer: Any, swizzled: bool) -> dict[str, Any]:
             "nvfp4_e4m3_max": int(option(quantizer, "nvfp4_e4m3_max")),
         }
     return tags
-
-
-def _check_nvfp4(quantizer: Any) -> None:
-    option = release().option
-    nvte_check(not quantizer.with_2d_quantization, SOURCE, "2D scaling grouped quant kernel is not ready yet")
-    nvte_check(
-        not option(quantizer, "nvfp4_use_4over6"),
-        SOURCE,
-        "NVFP4 4over6 quantization is not supported for grouped quantization.",
-    )
-    nvte_check(
-        bool(quantizer.with_rht), SOURCE, "graph safe grouped quant kernel for non-RHT path is not ready yet"
-    )
-    nvte_check(
-        bool(quantizer.with_post_rht_amax),
-        SOURCE,
-        "grouped NVFP4 RHT quantization expects post-RHT amax buffers.",
-    )
 
 
 def _check_output(output: Any, group: Group, num_tensors: int, quantizer: Any) -> None:
@@ -195,9 +187,6 @@ def _quantize_member(
     swizzled: bool,
 ) -> None:
     layout = layout_of_group(quantizer, "group_quantize")
-    if layout is CURRENT:
-        _quantize_current(x, quantizer, group, number, output)
-        return
     given = None
     if amaxes is not None:
         given = {
@@ -211,12 +200,13 @@ def _quantize_member(
             if name in encoded:
                 encoded[name] = swizzle(encoded[name], columnwise=False)
     for name, buffer in member(layout, quantizer, group, number, output).items():
-        buffer.copy_(encoded[name].view(buffer.shape))
+        whole = encoded[name]
+        buffer.copy_(whole.view(buffer.shape) if whole.numel() == buffer.numel() else whole[: len(buffer)])
 
 
-def _quantize_current(x: Tensor, quantizer: Any, group: Group, number: int, output: Any) -> None:
-    """Per-tensor scaling: amax, scale and inverse scale of each member in one array each."""
-    largest = amax_of(x).reshape(1)
+def _scale_per_tensor(parts: Sequence[Tensor], quantizer: Any, output: Any) -> None:
+    """Amax, scale and inverse scale of every member, of empty ones too; amaxes are reduced in one go."""
+    largest = torch.stack([amax_of(part) if part.numel() else torch.zeros(()) for part in parts])
     if quantizer.with_amax_reduction:
         torch.distributed.all_reduce(
             largest,
@@ -229,13 +219,16 @@ def _quantize_current(x: Tensor, quantizer: Any, group: Group, number: int, outp
         epsilon=float(quantizer.amax_epsilon),
         power_of_two=bool(quantizer.force_pow_2_scales),
     )
-    output.amax[number : number + 1].copy_(largest)
-    output.scale[number : number + 1].copy_(scale)
+    output.amax.copy_(largest)
+    output.scale.copy_(scale)
     for inverse in (output.scale_inv, output.columnwise_scale_inv):
         if inverse is not None:
-            inverse[number : number + 1].copy_(reciprocal(scale.reshape(1)))
+            inverse.copy_(reciprocal(scale))
+
+
+def _cast_per_tensor(x: Tensor, quantizer: Any, group: Group, number: int, output: Any) -> None:
     both = with_usage(quantizer, rowwise=True, columnwise=output.columnwise_data is not None)
-    encoded, _ = CURRENT._cast(both, x, scale, observe=False)
+    encoded, _ = CURRENT._cast(both, x, output.scale[number : number + 1], observe=False)
     start, size = group.starts[number], x.numel()
     if output.rowwise_data is not None:
         output.rowwise_data[start : start + size].copy_(encoded["_data"].view(-1))

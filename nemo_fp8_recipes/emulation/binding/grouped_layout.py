@@ -157,9 +157,12 @@ def allocate_group(layout: Layout, quantizer: Any, group: Group) -> dict[str, Te
             buffers["columnwise_scale_inv"] = scale_inv
         return {**buffers, "amax": torch.empty(count), "scale": torch.empty(count)}
     square = layout is BLOCKWISE and quantizer.block_scaling_dim == 2
-    for name, (shape, dtype) in layout.specs(quantizer, group.logical).items():
+    both = layout is MXFP8 and group.first_dims is not None and group.last_dims is not None
+    # Of members that differ in both, which are whole tiles, the logical shape is that of one row.
+    logical = (32, max(rows * columns // 32, 32)) if both else group.logical
+    for name, (shape, dtype) in layout.specs(quantizer, logical).items():
         size = count if name.startswith("_amax") else math.prod(shape)
-        if layout is MXFP8 and group.first_dims is not None and group.last_dims is not None:
+        if both:
             size = rows * columns // (1 if name.endswith("_data") else 32)
         if square and name == "_columnwise_scale_inv":
             size += -(-columns // 128) * 4 * (count - 1)  # each member's rows are padded to 4
@@ -201,7 +204,8 @@ def make_group(
 
 
 def member(layout: Layout, quantizer: Any, group: Group, number: int, grouped: Any) -> dict[str, Tensor]:
-    """Views of the buffers of one member, in the shapes that they have alone.
+    """Views of the buffers of one member, in the shapes that they have alone; of some groups the scales are
+    without padding rows.
 
     Args:
         layout: of the members.
@@ -214,6 +218,9 @@ def member(layout: Layout, quantizer: Any, group: Group, number: int, grouped: A
     for name, (shape, _dtype) in layout.specs(quantizer, group.shapes[number]).items():
         flat = grouped[ATTRIBUTES[name]] if isinstance(grouped, dict) else getattr(grouped, ATTRIBUTES[name])
         size = math.prod(shape)
+        if name.endswith("_scale_inv") and flat.numel() < len(group.shapes) * size and group.uniform:
+            found[name] = _rows_of_one_matrix(layout, quantizer, group, number, name, flat)
+            continue
         if name.startswith("_amax"):
             start = number
         elif name.endswith("_data"):
@@ -224,3 +231,14 @@ def member(layout: Layout, quantizer: Any, group: Group, number: int, grouped: A
             start = sum(math.prod(each) for each in before)
         found[name] = flat.view(-1)[start : start + size].view(shape)
     return found
+
+
+def _rows_of_one_matrix(
+    layout: Layout, quantizer: Any, group: Group, number: int, name: str, flat: Tensor
+) -> Tensor:
+    """Scales of one of several matrices of one shape that were quantised as one: the kernels of MXFP8 pad
+    none of them where their rows are no multiple of 128.
+    """
+    shape = layout.specs(quantizer, group.logical)[name][0]
+    rows = group.shapes[number][0] // (32 if name.startswith("_columnwise") else 1)
+    return flat.view(-1)[: math.prod(shape)].view(shape)[number * rows : (number + 1) * rows]

@@ -20,10 +20,12 @@ own name when it is called, and so does an option that an emulated function does
 overlap in a GEMM, say). In what else the releases differ is in `releases.py`, and which enum
 members they have in `enums.py`. Other releases are refused.
 
-Not emulated are fused attention, what connects several GPUs (communication overlap, NVSHMEM, expert
-parallelism, cuSOLVERMp), GEMMs over grouped tensors, which TE calls from cuBLAS 13.3 on (the emulated device
-says an older one), and helpers of cuDNN's grouped kernels. TE's Triton kernels are not part of the binding:
-the padding of gathered NVFP4 scales is done in torch, the others do not run.
+Not emulated are fused attention and what connects several GPUs (communication overlap, NVSHMEM, expert
+parallelism, Newton-Schulz over cuSOLVERMp). The emulated device says that it has cuBLAS 13.6, the oldest with
+every GEMM over grouped tensors; `te.ops.GroupedLinear` takes them wherever TE does, and so does
+`GroupedLinear(use_grouped_tensor=True)`. TE's Triton kernels are not part of the binding: the padding of
+gathered NVFP4 scales and the bias gradients of experts are done in torch, the others do not run. The fused
+grouped MLP of `te.ops` is a kernel of cuDNN's; TE finds none here and runs its parts.
 """
 
 _RULE = "|---" * (len(RELEASES) + 2) + "|"

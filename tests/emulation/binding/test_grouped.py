@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.emulation.binding.architecture import HOPPER
 from tests.emulation.binding.test_quantize import blockwise, mxfp8, tensorwise
 from tests.support.te_release import RELEASE, since
 
@@ -67,14 +68,17 @@ def assert_members_are_alone(grouped, alone):
         pytest.param(tensorwise, marks=since("2.20")),
     ],
 )
-def test_a_member_is_quantised_as_if_it_were_alone(te, tex, maker):
+def test_a_member_is_quantised_as_if_it_were_alone(te, tex, pose, maker):
+    if maker in (blockwise, square_blocks):
+        pose(HOPPER)  # the only one with kernels for groups of these
     x = torch.randn(sum(ROWS), COLUMNS).bfloat16() * torch.logspace(-3, 3, sum(ROWS))[:, None].bfloat16()
     grouped = tex.group_quantize(x, maker(te), len(ROWS), torch.tensor(ROWS))
     alone = [tex.quantize(part, maker(te)) for part in members(x) if len(part)]
-    if maker is tensorwise:  # one value a member, that of the empty one is not written
+    if maker is tensorwise:  # one value a member, of the empty one too
         kept = [number for number, rows in enumerate(ROWS) if rows]
         assert grouped.scale_inv[kept].tolist() == [t._scale_inv.item() for t in alone]
         assert grouped.amax[kept].tolist() == [part.abs().max().item() for part in members(x) if len(part)]
+        assert [buffer[1].item() for buffer in (grouped.amax, grouped.scale, grouped.scale_inv)] == [0, 1, 1]
         codes = torch.cat([t._data.reshape(-1) for t in alone])
         assert torch.equal(grouped.rowwise_data, codes)
         return
@@ -130,6 +134,17 @@ def test_members_that_differ_in_columns(te, tex):
     parts = [torch.randn(shape).bfloat16() for shape in shapes]
     x = torch.cat([part.view(-1) for part in parts]).view(128, 384)
     grouped = tex.group_quantize(x, mxfp8(te), 2, None, last_dims=torch.tensor([256, 128]))
+    assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in parts])
+
+
+@since("2.20")
+def test_members_that_differ_in_both(te, tex):
+    shapes = [(128, 256), (256, 128), (384, 384)]
+    parts = [torch.randn(shape).bfloat16() for shape in shapes]
+    x = torch.cat([part.view(-1) for part in parts]).view(1, -1)
+    rows, columns = (torch.tensor(sizes) for sizes in zip(*shapes, strict=True))
+    grouped = tex.group_quantize(x, mxfp8(te), 3, rows, columns)
+    assert grouped.scale_inv.numel() == x.numel() // 32
     assert_members_are_alone(grouped, [tex.quantize(part, mxfp8(te)) for part in parts])
 
 
@@ -235,6 +250,40 @@ def test_what_is_refused(te, tex):
     if RELEASE != "2.20":
         with pytest.raises(RuntimeError, match="not supported with Float8BlockQuantizer"):
             tex.group_quantize(x, blockwise(te), 2, None)
+        return
+    with pytest.raises(RuntimeError, match=r"only supported on Hopper .* Got SM100"):
+        tex.group_quantize(x, blockwise(te), 2, None)
+
+
+def test_sizes_that_no_kernel_takes(te, tex):
+    whole = "First dimension of each tensor in a group must be divisible by 128"
+    x = torch.randn(256, COLUMNS).bfloat16()
+    for maker in (mxfp8, nvfp4):
+        with pytest.raises(RuntimeError, match=whole):
+            tex.group_quantize(x, maker(te), 2, torch.tensor([200, 56]))
+    odd = torch.randn(160, COLUMNS).bfloat16()
+    with pytest.raises(RuntimeError, match="First logical dimension of a grouped tensor must be divisible"):
+        tex.group_quantize(odd, mxfp8(te), 1, torch.tensor([160]))
+    with pytest.raises(RuntimeError, match="First dimension of a grouped tensor should be divisible"):
+        tex.group_quantize(odd, nvfp4(te), 1, None)
+    narrow = torch.randn(128, 64).bfloat16()
+    with pytest.raises(RuntimeError, match="Last dimension of a grouped tensor should be divisible"):
+        tex.group_quantize(narrow, nvfp4(te), 1, None)
+
+
+@since("2.20")
+def test_sizes_that_no_kernel_takes_of_the_newer_formats(te, tex, hopper):
+    x = torch.randn(256, COLUMNS).bfloat16()
+    with pytest.raises(RuntimeError, match="first dimension must be a multiple of 128"):
+        tex.group_quantize(x, blockwise(te), 2, torch.tensor([200, 56]))
+    with pytest.raises(RuntimeError, match="SAME_BOTH_DIMS first dim must be multiple of 128"):
+        tex.group_quantize(x[:160].contiguous(), blockwise(te), 1, None)
+    with pytest.raises(RuntimeError, match="must be a multiple of TMA_GMEM_ALIGNMENT"):
+        tex.group_quantize(torch.randn(128, 24).bfloat16(), blockwise(te), 1, None)
+    rowwise = tensorwise(te, columnwise=False)
+    with pytest.raises(RuntimeError, match="last logical dimension must be a multiple of 16"):
+        tex.group_quantize(torch.randn(128, 24).bfloat16(), rowwise, 2, torch.tensor([33, 95]))
+    tex.group_quantize(torch.randn(128, 48).bfloat16(), rowwise, 2, torch.tensor([33, 95]))
 
 
 def test_offsets(te, tex):
@@ -287,9 +336,95 @@ def test_addresses(te, tex):
         )
     )
     assert addresses.tolist() == [d.data_ptr() for d in data]
+    clean = buffer.clone()
     for each, address in zip(quantized, scale_addresses.tolist(), strict=True):
         tex.swizzle_scales_for_gemm_(each)
         start = address - buffer.data_ptr()
         assert start % 16 == 0
         wanted = each._columnwise_scale_inv.reshape(-1)
         assert torch.equal(buffer[start : start + wanted.numel()], wanted)
+    for each in scales:  # what is in the padding of the given ones does not matter
+        each[5:] = 255
+        each[:, 96:] = 255
+    *_, buffer = tex.grouped_mlp_experimental.swizzle_scales_and_pack_ptrs_for_discrete_weights(
+        data, scales, "mxfp8_columnwise", "cuda"
+    )
+    assert torch.equal(buffer, clean)
+
+
+@pytest.mark.skipif(RELEASE != "2.14", reason="Transformer Engine 2.14 alone has it")
+@pytest.mark.parametrize("rowwise", [True, False])
+def test_addresses_of_2_14(te, tex, rowwise):
+    quantized = [tex.quantize(torch.randn(160, 96).bfloat16(), mxfp8(te)) for _ in range(3)]
+    direction = "rowwise" if rowwise else "columnwise"
+    data = [getattr(t, f"_{direction}_data") for t in quantized]
+    scales = [getattr(t, f"_{direction}_scale_inv") for t in quantized]
+    (found,) = tex.convert_host_pointers_to_tensor([data])
+    assert found.tolist() == [d.data_ptr() for d in data]
+    options = {"rowwise": rowwise, "data_dtype": te.DType.kFloat8E4M3}
+    addresses, places, buffer = tex.get_device_pointer_for_data_and_scales(data, scales, **options)
+    assert torch.equal(addresses, found)
+    assert places.tolist() == [s.data_ptr() for s in scales]
+    assert not buffer.numel()
+    addresses, places, buffer = tex.get_device_pointer_for_data_and_scales(
+        data, scales, swizzle=True, **options
+    )
+    for each, place in zip(quantized, places.tolist(), strict=True):
+        tex.swizzle_scales_for_gemm_(each)
+        wanted = getattr(each, f"_{direction}_scale_inv").reshape(-1)
+        start = place - buffer.data_ptr()
+        assert torch.equal(buffer[start : start + wanted.numel()], wanted)
+    with pytest.raises(RuntimeError, match="Tensor list is empty"):
+        tex.convert_host_pointers_to_tensor([[]])
+    with pytest.raises(RuntimeError, match="must not be empty"):
+        tex.get_device_pointer_for_data_and_scales([], [], **options)
+
+
+@since("2.20")
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_activation_times_probability(te, tex, clamped, ordered):
+    x = torch.randn(sum(ROWS), 2 * COLUMNS).bfloat16()
+    probability = torch.rand(sum(ROWS)).bfloat16()
+    quantizer = mxfp8(te, rowwise=False)
+    quantizer.optimize_for_gemm = ordered
+    splits = torch.tensor(ROWS)
+    if clamped:
+        found = tex.group_scaled_clamped_swiglu(x, probability, quantizer, 4, 0.7, first_dims=splits)
+        act, gate = x.double().chunk(2, dim=-1)
+        act = act.clamp(max=0.7)
+        exact = act * torch.sigmoid(1.702 * act) * (gate.clamp(-0.7, 0.7) + 1)
+    else:
+        found = tex.group_scaled_swiglu(x, probability, quantizer, 4, first_dims=splits)
+        act, gate = x.double().chunk(2, dim=-1)
+        exact = torch.nn.functional.silu(act) * gate
+    exact = (exact * probability[:, None].double()).bfloat16()
+    wanted = tex.group_quantize(exact, quantizer, 4, splits)
+    assert found.rowwise_data is None
+    assert found._with_gemm_swizzled_scales is ordered
+    different = found.columnwise_data != wanted.columnwise_data
+    assert different.double().mean() < 0.01  # a bf16 that was rounded the other way
+    assert torch.equal(found.columnwise_scale_inv, wanted.columnwise_scale_inv)
+
+
+@since("2.20")
+def test_activations_that_are_refused(te, tex):
+    x, probability = torch.randn(256, 2 * COLUMNS).bfloat16(), torch.rand(256).bfloat16()
+    columns = mxfp8(te, rowwise=False)
+
+    def refused(message, x=x, probability=probability, quantizer=columns, **options):
+        with pytest.raises(RuntimeError, match=message):
+            tex.group_scaled_swiglu(x, probability, quantizer, 2, **options)
+
+    refused("only supports MXFP8", quantizer=nvfp4(te))
+    refused("columnwise output only", quantizer=mxfp8(te))
+    refused("last dim must be even", x=x[:, 1:].contiguous())
+    refused("input must be contiguous", x=x[:, : 2 * COLUMNS - 2])
+    refused("exactly N elements", probability=probability[:3])
+    refused("same dtype as the input", probability=probability.float())
+    refused("requires N divisible by 128", x=x[:96], probability=probability[:96])
+    with pytest.raises(RuntimeError, match="limit must be positive"):
+        tex.group_scaled_clamped_swiglu(x, probability, columns, 2, 0.0)
+    ordered = mxfp8(te, rowwise=False)
+    ordered.optimize_for_gemm = True
+    refused("requires per-expert first dims", quantizer=ordered)

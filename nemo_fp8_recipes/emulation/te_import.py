@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_fp8_recipes.emulation import binding
+from nemo_fp8_recipes.emulation import binding, grouped_linear, triton_kernels
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.emulation.devices import EmulatedDevice
 from nemo_fp8_recipes.emulation.import_hook import after_import
@@ -79,12 +79,8 @@ def import_transformer_engine(ledger: PatchLedger, device: EmulatedDevice) -> No
         "torch.device(0), where Megatron-Core passes the index, needs a device; modules compare it to "
         "tensors'",
     )
-    after_import(
-        ledger,
-        "transformer_engine.pytorch.triton.pad",
-        lambda pad: setattr(pad, "pad_columnwise_scale_inv", _pad_columnwise_scale_inv),
-        "NVFP4 tensors gathered over ranks are padded by a Triton kernel",
-    )
+    triton_kernels.apply(ledger)
+    grouped_linear.apply(ledger)
     for format_, storage in (("mxfp8", "MXFP8TensorStorage"), ("nvfp4", "NVFP4TensorStorage")):
         after_import(
             ledger,
@@ -160,14 +156,6 @@ def _canonicalize_device(device: Any) -> Any:
 
     where = host(torch.get_default_device() if device is None else device)
     return where if isinstance(where, torch.device) else torch.device(where)
-
-
-def _pad_columnwise_scale_inv(inp: Any) -> Any:
-    """In place of the Triton kernel of this name: zeros up to 128 rows and 4 columns."""
-    from torch.nn.functional import pad
-
-    rows, columns = inp.shape
-    return pad(inp, (0, -columns % 4, 0, -rows % 128))
 
 
 def _let_storages_stay(module: types.ModuleType, *, name: str) -> None:

@@ -28,8 +28,8 @@ __all__ = [
     "ubuf_built_with_mpi",
 ]
 
-# The oldest libraries that support every recipe, FP8 block scaling included (CUDA 12.9).
-CUBLASLT_VERSION = 120900
+# The oldest cuBLAS that has every grouped GEMM, that of block scaling on Hopper included.
+CUBLASLT_VERSION = 130600
 CUDNN_VERSION = 91200
 
 NUM_COMPUTE_STREAMS = 4

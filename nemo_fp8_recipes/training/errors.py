@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from nemo_fp8_recipes.errors import Fp8Error
 
-__all__ = ["DivergedError", "ReportedElsewhereError"]
+__all__ = ["DivergedError", "OutOfMemoryError", "ReportedElsewhereError"]
 
 
 class DivergedError(Fp8Error):
     """The loss is no longer a number: the run cannot recover."""
+
+
+class OutOfMemoryError(Fp8Error):
+    """The job does not fit into the memory of its device."""
 
 
 class ReportedElsewhereError(Fp8Error):

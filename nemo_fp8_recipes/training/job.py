@@ -18,6 +18,7 @@ from nemo_fp8_recipes.startup import start
 from nemo_fp8_recipes.training import frameworks
 from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout
+from nemo_fp8_recipes.training.memory import memory_said
 from nemo_fp8_recipes.training.primary_weights import check_primary_weights
 from nemo_fp8_recipes.training.settings import Settings, read_settings
 from nemo_fp8_recipes.training.unsupported import check_supported
@@ -50,7 +51,8 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         emulated=job.device.emulated,
         notes=(*alias_notes(overrides), *_worth_saying(job.findings)),
     )
-    return framework.load()(settings, invocation)
+    with memory_said():
+        return framework.load()(settings, invocation)
 
 
 def check(config: DictConfig) -> tuple[Settings, frameworks.Framework]:

@@ -13,6 +13,7 @@ from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.data import Dataset
 from nemo_fp8_recipes.training.distributed import agree
 from nemo_fp8_recipes.training.invocation import Invocation
+from nemo_fp8_recipes.training.memory import memory_said
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
 from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import METRICS_FILE, RunDirectory
@@ -144,7 +145,8 @@ class JobRecord:
         """An error in the block is recorded in `run.json`; if even that cannot be written, the error says so
         too."""
         try:
-            yield
+            with memory_said():
+                yield
         except BaseException as error:
             if self._directory is not None:
                 try:

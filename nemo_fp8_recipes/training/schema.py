@@ -6,6 +6,7 @@ is a `ConfigError` that names its key before anything is built.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,8 @@ ACTIVATIONS = ("squared_relu", "gelu", "swiglu")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 SCALES = ("full", "tiny")
 LAYER_KINDS = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "experts"}
+MOST_LAYERS = 10_000
+"""Far more than any model has: each is a row of the manifest and a module to build."""
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 
 
@@ -47,9 +50,11 @@ def _one_of(key: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def _at_least(key: str, value: float | None, minimum: float) -> None:
-    if value is not None and not value >= minimum:
+    """`minimum` <= value, and finite."""
+    if value is not None and not minimum <= value < math.inf:
+        finite = " and finite" if isinstance(value, float) else ""
         raise ConfigError(
-            f"{key}={value} is out of range.", key=key, value=value, allowed=[f">= {minimum:g}"]
+            f"{key}={value} is out of range.", key=key, value=value, allowed=[f">= {minimum:g}{finite}"]
         )
 
 
@@ -181,10 +186,19 @@ class ModelConfig:
             )
         for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
             _at_least(f"model.{field}", getattr(self, field), 1)
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"model.num_layers={self.num_layers} is out of range.",
+                key="model.num_layers",
+                value=self.num_layers,
+                allowed=[f"<= {MOST_LAYERS}"],
+            )
         for field in ("num_query_groups", "vocab_size", "kv_channels", "rotary_base"):
             _at_least(f"model.{field}", getattr(self, field), 1)
         _at_least("model.make_vocab_size_divisible_by", self.make_vocab_size_divisible_by, 1)
         _at_least("model.seq_length", self.seq_length, 2)
+        for field in ("layernorm_epsilon", "init_method_std"):
+            _at_least(f"model.{field}", getattr(self, field), 0)
         _one_of("model.activation", self.activation, ACTIVATIONS)
         _one_of("model.normalization", self.normalization, NORMALIZATIONS)
         _within("model.attention_dropout", self.attention_dropout, 0.0, 1.0)

@@ -36,7 +36,7 @@ class StdlibTextDataset(InMemory):
     def __init__(self, config: StdlibTextConfig, *, seq_length: int, vocab_size: int) -> None:
         if vocab_size < BYTES:
             raise DataError(
-                f"stdlib_text has {BYTES} tokens (bytes), the model only {vocab_size}.",
+                f"data=stdlib_text has {BYTES} tokens (bytes), and model.vocab_size={vocab_size}.",
                 key="model.vocab_size",
                 value=vocab_size,
                 allowed=[f">= {BYTES}"],
@@ -119,7 +119,8 @@ def _windowed(text: bytes, seq_length: int) -> torch.Tensor:
     """uint8 [number of windows, seq_length + 1], a view of the text; a shorter rest at the end is dropped."""
     if len(text) < seq_length + 1:
         raise DataError(
-            f"The text has {len(text)} bytes, less than one sequence of {seq_length + 1}.",
+            f"The text has {len(text)} bytes, less than one sequence: "
+            f"model.seq_length={seq_length} and one more.",
             key="model.seq_length",
             value=seq_length,
             allowed=[f"< {len(text)}"],

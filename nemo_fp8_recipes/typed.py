@@ -8,6 +8,7 @@ value, what is allowed and the nearest spelling. Imports neither torch nor Omega
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,8 @@ def coerce(value: Any, hint: Any, key: str, error: type[Fp8Error], *, base: Any 
     """`value` as a value of type `hint`, or `error` naming `key`.
 
     An integer is a number; a string of another case than a `Literal`'s choice is that choice; nothing else is
-    converted. `base` is the dataclass instance that a partial mapping changes.
+    converted. NaN and integers beyond 64 bits are values of no key, and an empty string is none of a key that
+    can be null. `base` is the dataclass instance that a partial mapping changes.
     """
     if isinstance(value, str) and value == MISSING:
         raise error(f"{key} needs a value.", key=key, value=value, allowed=[type_name(hint)])
@@ -105,11 +107,20 @@ def coerce(value: Any, hint: Any, key: str, error: type[Fp8Error], *, base: Any 
             coerce(k, key_hint, key, error): coerce(v, value_hint, f"{key}.{k}", error)
             for k, v in value.items()
         }
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
+    if type(value) is not hint and not (hint is float and type(value) is int):
         raise _wrong_type(value, hint, key, error)
-    return value
+    _check_scalar(value, key, error)
+    return float(value) if hint is float else value
+
+
+def _check_scalar(value: Any, key: str, error: type[Fp8Error]) -> None:
+    """Refuse what has the right type and can be meant for nothing."""
+    if isinstance(value, float) and math.isnan(value):
+        raise error(f"{key}=nan is not a number.", key=key, value=value, allowed=["a finite number"])
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise error(
+            f"{key}={value} is out of range.", key=key, value=value, allowed=["an integer of 64 bits"]
+        )
 
 
 def _coerce_union(value: Any, hint: Any, key: str, error: type[Fp8Error], base: Any) -> Any:
@@ -117,6 +128,9 @@ def _coerce_union(value: Any, hint: Any, key: str, error: type[Fp8Error], base: 
     if value is None and type(None) in parts:
         return None
     others = [part for part in parts if part is not type(None)]
+    if isinstance(value, str) and not value.strip() and type(None) in parts:
+        # `key=` on the command line: a string, it would be the current directory or a flag without a value.
+        raise error(f"{key} is empty.", key=key, value=value, allowed=[type_name(hint)])
     if len(others) == 1 and not (isinstance(value, str) and others[0] in (bool, int, float)):
         return coerce(value, others[0], key, error, base=base)
     for part in others:

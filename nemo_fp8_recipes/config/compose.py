@@ -38,6 +38,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         config = _hydra(translate(parsed))
     except (HydraException, OmegaConfBaseException) as error:
         raise _diagnose(parsed, error) from error
+    _refuse_deletions(parsed)
     validate(config)
     if config.model.scale == "tiny":
         _cut_down(config, given={override.key_or_group for override in parsed})
@@ -70,7 +71,21 @@ def _diagnose(overrides: Sequence[Override], error: Exception) -> ConfigError:
     for override in overrides:
         if override.key_or_group not in groups() and not override.is_add():
             _check_key(config, override)
+    _refuse_deletions(overrides)
     return ConfigError(f"The configuration does not compose: {str(error).splitlines()[0].rstrip('.')}.")
+
+
+def _refuse_deletions(overrides: Sequence[Override]) -> None:
+    """Raise for an override that takes a key away: parts of the job read it from the configuration."""
+    for override in overrides:
+        if override.is_delete():
+            key = override.key_or_group
+            raise ConfigError(
+                f"{key} needs a value, and '~{key}' takes it away.",
+                key=key,
+                value=override.input_line,
+                hint=f"Write {key}=value, or leave {key} out for its default.",
+            )
 
 
 def _check_key(config: DictConfig, override: Override) -> None:

@@ -51,7 +51,7 @@ def _parse_one(parser: OverridesParser, argument: str) -> Override:
     try:
         override = parser.parse_overrides([argument])[0]
     except HydraException as error:
-        detail = str(error).splitlines()[0]
+        detail = _said(error)
         raise ConfigError(
             f"'{argument}' cannot be read: {detail}.",
             value=argument,
@@ -66,6 +66,14 @@ def _parse_one(parser: OverridesParser, argument: str) -> Override:
         )
     _check_group(override, argument)
     return override
+
+
+def _said(error: HydraException) -> str:
+    """What Hydra has against an override, without the names of its parser's classes."""
+    detail = str(error).splitlines()[0]
+    if detail.startswith("LexerNoViableAltException"):
+        return "it has a character that needs quotes"
+    return detail.rstrip(".")
 
 
 def _is_recipe(word: str) -> bool:

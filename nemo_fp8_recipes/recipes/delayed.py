@@ -13,6 +13,8 @@ from nemo_fp8_recipes.recipes.options import OPERANDS, OperandPlan, TensorName, 
 __all__ = ["AMAX_ALGORITHMS", "Delayed", "is_dotted_path"]
 
 AMAX_ALGORITHMS = ("max", "most_recent")
+LARGEST_MARGIN = 17
+"""E4M3 holds 448 down to 2^-9: with more, not even the largest element is left of a tensor."""
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -54,6 +56,10 @@ class Delayed(QuantizedRecipe):
         super().__post_init__()
         if self.margin < 0:
             raise self.refuse("margin", "would scale beyond the FP8 range and saturate", allowed=[">= 0"])
+        if self.margin > LARGEST_MARGIN:
+            raise self.refuse(
+                "margin", "would scale every element to zero", allowed=[f">= 0 and <= {LARGEST_MARGIN}"]
+            )
         if self.amax_history_len < 1:
             raise self.refuse("amax_history_len", "is out of range", allowed=[">= 1"])
         if self.amax_compute_algo not in AMAX_ALGORITHMS and not is_dotted_path(self.amax_compute_algo):

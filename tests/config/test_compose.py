@@ -108,7 +108,22 @@ MISTAKES = [
     ("model.num_layers.x=3", "model.num_layers.x", "single value"),
     ("alerts.custom.mine.above=3", "alerts.custom.mine.above", "A plus adds to it: +alerts.custom.mine"),
     ("+model.depth=3", "model.depth", "num_layers"),
+    ("model.num_layers=100000000000", "model.num_layers", "<= 10000"),
+    ("model.init_method_std=-1", "model.init_method_std", ">= 0"),
+    ("model.init_method_std=inf", "model.init_method_std", "finite"),
+    ("model.layernorm_epsilon=nan", "model.layernorm_epsilon", "finite"),
+    ("optimizer.lr=inf", "optimizer.lr", "finite"),
+    ("optimizer.clip_grad=nan", "optimizer.clip_grad", "finite"),
+    ("alerts.underflow.limit=nan", "alerts.underflow.limit", "finite"),
+    ("training.steps=99999999999999999999", "training.steps", "64 bits"),
+    ("data.seed=-99999999999999999999", "data.seed", "64 bits"),
+    ("run_dir=", "run_dir", "is empty"),
+    ("training.resume=''", "training.resume", "is empty"),
     ("~model.num_layers", "model.num_layers", "needs a value"),
+    ("~training.steps", "training.steps", "needs a value"),
+    ("~training.steps=300", "training.steps", "needs a value"),
+    ("~preflight", "preflight", "needs a value"),
+    ("~nothing", "nothing", "There is no key"),
     ("~model", "model", "one choice"),
     ("model@other=nemotron_tiny", "model", "elsewhere"),
     ("model.num_layers=${training.stps}", "model.num_layers", "training.stps"),
@@ -140,6 +155,8 @@ def test_a_mistake_is_one_error_that_names_the_key(override, key, said):
         ("--multirun", "--multirun"),
         ("model.num_layers=[1", "cannot be read"),
         ("=3", "no key"),
+        ("a b=c", "a character that needs quotes"),
+        ("model.schéma=c", "a character that needs quotes"),
     ],
 )
 def test_what_is_no_override(argument, said):
@@ -147,6 +164,7 @@ def test_what_is_no_override(argument, said):
         config.compose([argument])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "Exception" not in str(caught.value)
 
 
 def test_composing_leaves_hydra_as_it_was():

@@ -146,6 +146,8 @@ REFUSED = [
     ("delayed", {"backward_override": "dequantized"}, "fp8_recipe.backward_override", "FP8 only"),
     ("delayed", {"amax_history_len": 0}, "fp8_recipe.amax_history_len", ">= 1"),
     ("delayed", {"margin": -1}, "fp8_recipe.margin", "saturate"),
+    ("delayed", {"margin": 18}, "fp8_recipe.margin", "zero"),
+    ("delayed", {"margin": 10**30}, "fp8_recipe.margin", "64 bits"),
     ("delayed", {"amax_compute_algo": "most_recnt"}, "fp8_recipe.amax_compute_algo", "most_recent"),
     (
         "delayed",

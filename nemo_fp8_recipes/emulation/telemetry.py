@@ -27,7 +27,19 @@ def apply(ledger: PatchLedger) -> None:
 
 def _functions() -> Mapping[str, Callable[..., Any]]:
     """Functions by their names in `host_kernels`."""
-    return {"measure": _measure, "scale_counts": _scale_counts, "scale_distribution": _scale_distribution}
+    return {
+        "history_windows": _history_windows,
+        "measure": _measure,
+        "scale_counts": _scale_counts,
+        "scale_distribution": _scale_distribution,
+    }
+
+
+def _history_windows(
+    histories: Sequence[Tensor], oldest: Tensor, last: Tensor, slots: Tensor
+) -> Tensor | None:
+    kernels = _library()
+    return kernels.history_windows(histories, oldest, last, slots) if kernels is not None else None
 
 
 def _measure(source: Tensor, coded: Coded) -> Tensor | None:

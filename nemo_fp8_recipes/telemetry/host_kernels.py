@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.telemetry.coded import Coded
     from nemo_fp8_recipes.telemetry.probes.scale_codes import ScaleFormat
 
-__all__ = ["measure", "scale_counts", "scale_distribution"]
+__all__ = ["history_windows", "measure", "scale_counts", "scale_distribution"]
 
 
 class _ScaleDistribution(Protocol):
@@ -44,6 +44,9 @@ class _ScaleDistribution(Protocol):
         slots: Tensor,
     ) -> Tensor | None: ...
 
+
+history_windows: Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], Tensor | None] | None = None
+"""`probes.delayed.history_windows`."""
 
 measure: Callable[[Tensor, Coded], Tensor | None] | None = None
 """`elements.measure` of a tensor that is not empty and `probes.stored.values` of its codes."""

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from nemo_fp8_recipes.emulation.kernels import build
 from nemo_fp8_recipes.emulation.kernels.block_scales import BlockScaleKernels
 from nemo_fp8_recipes.emulation.kernels.blockwise import BlockwiseKernels
+from nemo_fp8_recipes.emulation.kernels.history import HistoryKernels
 from nemo_fp8_recipes.emulation.kernels.measure import MeasureKernels
 from nemo_fp8_recipes.emulation.kernels.mxfp8 import Mxfp8Kernels
 from nemo_fp8_recipes.emulation.kernels.native import INPUTS
@@ -27,7 +28,13 @@ _SWITCH = "NEMO_FP8_KERNELS"
 
 
 class Library(
-    PerTensorKernels, Mxfp8Kernels, BlockwiseKernels, Nvfp4Kernels, MeasureKernels, BlockScaleKernels
+    PerTensorKernels,
+    Mxfp8Kernels,
+    BlockwiseKernels,
+    Nvfp4Kernels,
+    MeasureKernels,
+    BlockScaleKernels,
+    HistoryKernels,
 ):
     """The functions of a loaded library, on torch tensors.
 

@@ -20,13 +20,14 @@ so that the next scale can be computed from it.
 
 from __future__ import annotations
 
-import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_fp8_recipes.telemetry import host_kernels
 from nemo_fp8_recipes.telemetry.linears import Linear
 from nemo_fp8_recipes.telemetry.probes.base import Combine, Probe, Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -74,15 +75,36 @@ class _Buffers:
         self.scale = torch.where(observed, scale, self.scale)
         self.oldest = torch.where(observed, oldest, self.oldest)
 
-    def window(self, slots: Tensor) -> Tensor:
-        """fp32 (len, len(slots)), oldest entry first, the step's last amax in the last row."""
-        last = self.last.index_select(0, slots)[None]
-        if self.length == 1:
-            return last
-        history = torch.cat(self.histories, dim=1).index_select(1, slots)
-        oldest = self.oldest.index_select(0, slots)[None]
-        rolled = torch.cat([oldest, history[1:-1], last])
-        return torch.where(last == 0, torch.cat([history[1:], last]), rolled)
+    def windows(self, slots: Tensor) -> Tensor:
+        """fp32 (len(slots) * len,), one window after the other, oldest entry first, the step's last amax in
+        the last place.
+        """
+        kernel = host_kernels.history_windows
+        if kernel is not None:
+            found = kernel(self.histories, self.oldest, self.last, slots)
+            if found is not None:
+                return found
+        return history_windows(self.histories, self.oldest, self.last, slots)
+
+
+def history_windows(histories: Sequence[Tensor], oldest: Tensor, last: Tensor, slots: Tensor) -> Tensor:
+    """The windows behind the last updates.
+
+    Args:
+        histories: per module, fp32 (len, slots of the module), after the update.
+        oldest: fp32 (all slots,), the entry that the update dropped.
+        last: fp32 (all slots,), the amax it brought.
+        slots: int64 (n,), those that are wanted.
+
+    Returns:
+        fp32 (n * len,), one window after the other.
+    """
+    last = last.index_select(0, slots)[None]
+    if histories[0].shape[0] == 1:
+        return last.reshape(-1)
+    history = torch.cat(list(histories), dim=1).index_select(1, slots)
+    rolled = torch.cat([oldest.index_select(0, slots)[None], history[1:-1], last])
+    return torch.where(last == 0, torch.cat([history[1:], last]), rolled).t().reshape(-1)
 
 
 class _Owners(NamedTuple):
@@ -113,6 +135,9 @@ class DelayedProbe(Probe):
         self._indices = indices
         self._history = history
         self._owners: dict[tuple[int, ...], _Owners] = {}
+        self._specs: tuple[list[_Owners], list[int], tuple[ReadingSpec, ...]] = ([], [], ())
+        """Of whom what is read, and the lengths of their windows: the same tuple in steps that read the same.
+        """
         self.begin()
 
     def begin(self) -> None:
@@ -148,26 +173,33 @@ class DelayedProbe(Probe):
         # The next entry to be dropped is row 1: row 0 is the live amax. A window of one holds nothing older.
         oldest = 1 if buffers.length > 1 else 0
         with torch.no_grad():
-            buffers.update(
-                amax, torch.cat(list(scales)), torch.cat([history[oldest] for history in histories])
-            )
+            dropped = torch.cat([history.select(0, oldest) for history in histories])
+            buffers.update(amax, torch.cat(list(scales)), dropped)
 
     def end(self) -> Reading | None:
-        readings = []
+        if not self._buffers:
+            return None
         owners = {}
+        found = []
         for key, buffers in self._buffers.items():
             known = self._owners.get(key)
-            owners[key] = known if known is not None else self._find(buffers)
-            if owners[key].operands:
-                readings.append(self._read(buffers, owners[key]))
+            whose = owners[key] = known if known is not None else self._find(buffers)
+            if whose.operands:
+                found.append((buffers, whose))
         self._owners = owners  # those of the buffers that are no more go
         self.begin()
-        if not readings:
+        if not found:
             return None
-        return Reading(
-            tuple(spec for reading in readings for spec in reading.specs),
-            torch.cat([reading.values for reading in readings]),
-        )
+        # The windows behind all numbers: then they are one matrix on the host.
+        values = [self._numbers(buffers, whose.slots) for buffers, whose in found]
+        if self._history:
+            values += [buffers.windows(whose.slots) for buffers, whose in found]
+        read, lengths = [one for _, one in found], [buffers.length for buffers, _ in found]
+        before, of_length, specs = self._specs
+        if of_length != lengths or not all(map(operator.is_, before, read)):
+            specs = _specs(read, lengths if self._history else [])
+            self._specs = (read, lengths, specs)
+        return Reading(specs, torch.cat(values))
 
     def _find(self, buffers: _Buffers) -> _Owners:
         columns: dict[int, list[tuple[Linear, str, int]]] = {}
@@ -191,20 +223,16 @@ class DelayedProbe(Probe):
             tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found),
         )
 
-    def _read(self, buffers: _Buffers, owners: _Owners) -> Reading:
-        """The readings of the slots that have an owner."""
+    def _numbers(self, buffers: _Buffers, slots: Tensor) -> Tensor:
+        """`_NUMBERS` of some slots, fp32 (len(_NUMBERS) * len(slots),)."""
         assert buffers.amax is not None  # a buffer is created by its first update
-        slots = owners.slots
         vectors = {
             "amax": buffers.amax,
             "scale": buffers.scale,
             "scale_next": torch.cat(buffers.scales),
             "peak": buffers.peak,
         }
-        values = torch.stack([vectors[name] for name, _ in _NUMBERS]).index_select(1, slots).reshape(-1)
-        if self._history:
-            values = torch.cat([values, buffers.window(slots).t().reshape(-1)])
-        return Reading(_specs(owners.operands, buffers.length if self._history else 0), values)
+        return torch.stack([vectors[name] for name, _ in _NUMBERS]).index_select(1, slots).reshape(-1)
 
 
 _NUMBERS: tuple[tuple[str, Combine], ...] = (
@@ -216,18 +244,21 @@ _NUMBERS: tuple[tuple[str, Combine], ...] = (
 """What is read of each operand beside its window, and how ranks combine it."""
 
 
-@functools.lru_cache(maxsize=16)
-def _specs(operands: tuple[tuple[str, str, str], ...], window: int) -> tuple[ReadingSpec, ...]:
-    """What is read of operands (module, tensor, format): the same tuple for the same ones.
+def _specs(read: Sequence[_Owners], lengths: Sequence[int]) -> tuple[ReadingSpec, ...]:
+    """What is read, in order.
 
     Args:
-        window: length of their windows; 0 where these are not read.
+        lengths: of the windows of each of `read`; empty where they are not read.
     """
-    named = [(name, combine, 1) for name, combine in _NUMBERS]
-    if window:
-        named.append(("amax_history", "max", window))
-    return tuple(
-        ReadingSpec(module, tensor, name, "delayed", fmt, combine, length=length)
-        for name, combine, length in named
-        for module, tensor, fmt in operands
-    )
+    numbers = [
+        ReadingSpec(module, tensor, name, "delayed", fmt, combine)
+        for whose in read
+        for name, combine in _NUMBERS
+        for module, tensor, fmt in whose.operands
+    ]
+    windows = [
+        ReadingSpec(module, tensor, "amax_history", "delayed", fmt, "max", length=length)
+        for whose, length in zip(read, lengths, strict=False)
+        for module, tensor, fmt in whose.operands
+    ]
+    return (*numbers, *windows)

@@ -4,6 +4,7 @@
 #include "blocks.hpp"
 #include "elements.hpp"
 #include "hadamard.hpp"
+#include "history.hpp"
 #include "loops.hpp"
 #include "measure.hpp"
 #include "mxfp8.hpp"
@@ -188,6 +189,14 @@ KERNEL void nemo_fp8_scale_distribution(const int64_t* counts, int64_t operands,
     describe_scales(counts + operand * kCodes, {values, largest, zero_is_empty != 0}, percentiles,
                     percentile_count, exact ? &described[operand] : nullptr, blocks[operand], out + i, kept_count);
   }
+}
+
+// `widths` says how many slots each history has; `oldest` and `last` have a number for each slot of all of them.
+// `out` has `length` numbers for each of `slots`.
+KERNEL void nemo_fp8_history_windows(int64_t modules, const float* const* histories, const int64_t* widths,
+                                     int64_t length, const float* oldest, const float* last, int64_t count,
+                                     const int64_t* slots, float* out) {
+  history_windows(modules, histories, widths, length, oldest, last, count, slots, out);
 }
 
 }  // extern "C"

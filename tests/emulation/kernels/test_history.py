@@ -1,0 +1,29 @@
+"""The kernel that reads windows of amax histories, against the torch operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_fp8_recipes.emulation.kernels import Library
+from nemo_fp8_recipes.telemetry.probes.delayed import history_windows
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 1024])
+def test_windows_are_those_of_the_torch_operations(native: Library, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    histories = [torch.rand(length, width, generator=generator) for width in (3, 2, 6, 1)]
+    oldest, last = (torch.rand(12, generator=generator) for _ in range(2))
+    last[torch.tensor([1, 4, 11])] = 0.0  # these did not roll
+    last[2], last[3], oldest[5] = torch.nan, torch.inf, torch.inf
+    slots = torch.tensor([0, 1, 2, 3, 4, 5, 9, 11, 10])
+    found = native.history_windows(histories, oldest, last, slots)
+    assert found is not None
+    wanted = history_windows(histories, oldest, last, slots)
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+    assert found.shape == (len(slots) * length,)
+
+
+def test_histories_that_do_not_lie_in_one_piece_are_left_to_torch(native: Library) -> None:
+    history, numbers = torch.rand(2, 4).t(), torch.rand(2)
+    assert native.history_windows([history], numbers, numbers, torch.tensor([0])) is None

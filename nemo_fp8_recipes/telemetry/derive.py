@@ -11,6 +11,7 @@ import numpy as np
 
 from nemo_fp8_recipes.telemetry.found import Found
 from nemo_fp8_recipes.telemetry.probes.base import ReadingSpec
+from nemo_fp8_recipes.telemetry.rows import Rows
 from nemo_fp8_recipes.telemetry.series import FP8_MAX, STATS, WHATIF, Series, StepValues
 
 __all__ = ["derive"]
@@ -31,8 +32,14 @@ def derive(step: int, found: Found) -> StepValues:
     """
     plan = _plan_for(found.specs)
     read = found.numbers
-    windows = {series: read[index : index + 1] for series, index in plan.windows}
-    windows.update((_series(spec), window) for spec, window in found.windows.items())
+    windows: Mapping[Series, np.ndarray]
+    if isinstance(found.windows, Rows) and not plan.windows:
+        windows = Rows(_all_series(found.windows.names), found.windows.matrix)
+    else:
+        windows = {
+            **{series: read[index : index + 1] for series, index in plan.windows},
+            **{_series(spec): window for spec, window in found.windows.items()},
+        }
     with np.errstate(all="ignore"):
         parts = [
             np.asarray(group.formula(group.largest, *(read[index] for index in group.arguments)), np.float32)
@@ -120,6 +127,19 @@ def _series(spec: ReadingSpec) -> Series:
     """The series of a reading that is a statistic as it is."""
     name = f"{WHATIF}/{spec.recipe}/{spec.name}" if spec.whatif else spec.name
     return Series(spec.module, spec.tensor, name, spec.recipe, spec.format)
+
+
+_windows: dict[int, tuple[tuple[ReadingSpec, ...], tuple[Series, ...]]] = {}
+"""By the id of the list of windows, as `_plans`."""
+
+
+def _all_series(specs: tuple[ReadingSpec, ...]) -> tuple[Series, ...]:
+    known = _windows.get(id(specs))
+    if known is None:
+        if len(_windows) >= _KEPT:
+            _windows.clear()
+        known = _windows[id(specs)] = (specs, tuple(map(_series, specs)))
+    return known[1]
 
 
 def _statistics(

@@ -17,7 +17,7 @@ class Found(Mapping[ReadingSpec, np.ndarray]):
     Attributes:
         specs: the readings of one number; steps that read the same have the same tuple.
         numbers: fp32 (len(specs),).
-        windows: the longer readings.
+        windows: the longer readings; mostly `Rows`.
     """
 
     def __init__(

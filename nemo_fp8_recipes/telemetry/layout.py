@@ -1,15 +1,15 @@
 """Which place holds which number of all that the ranks read: the same on every rank.
 
-The layout is the sorted union of what each of them reads, so that a rank that lacks a module (another
-pipeline stage, an expert elsewhere) has its places too, and leaves them empty. A mean has a place for each
-rank, and every rank's own number counts once, or as often as it has blocks; the scale of delayed scaling, on
-which the ranks should agree, has a place for its minimum and one for its maximum. Place 0 says whether a rank
-read something that the layout does not have.
+The layout is the sorted union of what each of them reads, windows behind the numbers, so that a rank that
+lacks a module (another pipeline stage, an expert elsewhere) has its places too, and leaves them empty. A mean
+has a place for each rank, and every rank's own number counts once, or as often as it has blocks; the scale of
+delayed scaling, on which the ranks should agree, has a place for its minimum and one for its maximum. Place 0
+says whether a rank read something that the layout does not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import torch
 from nemo_fp8_recipes.telemetry.codec import ABSENT, decode
 from nemo_fp8_recipes.telemetry.found import Found
 from nemo_fp8_recipes.telemetry.probes.base import COUNT, WEIGHED, ReadingSpec
+from nemo_fp8_recipes.telemetry.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ class Layout:
     """Which place holds what, the same on every rank.
 
     Attributes:
-        specs: everything any rank reads, sorted.
+        specs: everything any rank reads, sorted, windows last.
         starts: first place of each spec; place 0 is the flag.
         size: places.
         minimum: bool (size,), where the smallest value wins.
@@ -67,7 +68,7 @@ class Layout:
 
     @classmethod
     def of(cls, specs: Sequence[ReadingSpec], world_size: int) -> Layout:
-        ordered = tuple(sorted(set(specs)))
+        ordered = tuple(sorted(set(specs), key=_numbers_first))
         starts, place = {}, 1
         for spec in ordered:
             starts[spec] = place
@@ -155,26 +156,46 @@ class Selection:
     Attributes:
         specs: those of one number.
         positions: int64 (specs,), where it is in the places and, after them, the averages.
-        windows: the longer ones, each with its first place.
+        windows: the longer ones, in the order of their places.
+        window_places: the first place of each of them.
+        matrix: they are of one length and lie one after the other.
     """
 
     specs: tuple[ReadingSpec, ...]
     positions: np.ndarray
-    windows: tuple[tuple[ReadingSpec, int], ...]
+    windows: tuple[ReadingSpec, ...]
+    window_places: tuple[int, ...]
+    matrix: bool
 
     @classmethod
     def of(cls, there: Sequence[tuple[ReadingSpec, int]]) -> Selection:
         """Of readings and their first places."""
         numbers = [(spec, place) for spec, place in there if spec.length == 1]
+        windows = sorted(((spec, place) for spec, place in there if spec.length != 1), key=lambda one: one[1])
+        places = tuple(place for _, place in windows)
+        length = windows[0][0].length if windows else 0
         return cls(
             tuple(spec for spec, _ in numbers),
             np.asarray([place for _, place in numbers], dtype=np.int64),
-            tuple((spec, place) for spec, place in there if spec.length != 1),
+            tuple(spec for spec, _ in windows),
+            places,
+            bool(windows)
+            and all(spec.length == length for spec, _ in windows)
+            and places == tuple(range(places[0], places[0] + length * len(places), length)),
         )
 
     def found(self, values: np.ndarray, more: np.ndarray | None = None) -> Found:
         """What it selects of fp32 values, and of `more` behind them."""
-        windows = {spec: values[place : place + spec.length] for spec, place in self.windows}
+        windows: Mapping[ReadingSpec, np.ndarray]
+        if self.matrix:
+            first, length = self.window_places[0], self.windows[0].length
+            end = first + length * len(self.windows)
+            windows = Rows(self.windows, values[first:end].reshape(-1, length))
+        else:
+            windows = {
+                spec: values[place : place + spec.length]
+                for spec, place in zip(self.windows, self.window_places, strict=True)
+            }
         everything = values if more is None else np.concatenate([values, more])
         return Found(self.specs, everything[self.positions], windows)
 
@@ -246,6 +267,10 @@ class Plan:
             array = torch.from_numpy(getattr(self, name))
             tensor = self._device[device, name] = array.to(device, non_blocking=True)
         return tensor
+
+
+def _numbers_first(spec: ReadingSpec) -> tuple[bool, ReadingSpec]:
+    return spec.length > 1, spec
 
 
 def _ranged(spec: ReadingSpec) -> bool:

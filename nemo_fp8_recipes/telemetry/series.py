@@ -123,7 +123,7 @@ class StepValues:
         step: completed optimizer steps, counted from 1.
         series: the series that have a number in this step.
         values: fp32 (len(series),), in the order of `series`; NaN and Inf are kept.
-        windows: fp32 (window length,) of each windowed series, oldest entry first.
+        windows: fp32 (window length,) of each windowed series, oldest entry first; mostly `Rows`.
         alerts: what the rules say about this step; see `alerts`.
     """
 

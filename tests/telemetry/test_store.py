@@ -19,8 +19,8 @@ from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.store import StoreWriter
 from nemo_fp8_recipes.telemetry.store import merge as merge_module
 from nemo_fp8_recipes.telemetry.store import writer as writer_module
-from nemo_fp8_recipes.telemetry.store.table import NAMES, schema_with, to_table
-from tests.telemetry.examples import METADATA, step
+from nemo_fp8_recipes.telemetry.store.table import NAMES
+from tests.telemetry.examples import METADATA, step, write_version_1
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +93,7 @@ def test_an_absent_store_is_empty(tmp_path: Path) -> None:
 
 def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     write(tmp_path, 1, 10)
-    assert store.info(tmp_path) == {"schema_version": 1, **METADATA}
+    assert store.info(tmp_path) == {"schema_version": 2, **METADATA}
     assert [part.path.name for part in store.parts(tmp_path)] == ["steps-0000000001-0000000010.parquet"]
 
 
@@ -216,14 +216,7 @@ def test_merging_starts_from_the_newest_and_goes_on_behind_it(
 def test_a_store_of_an_earlier_release_is_read(tmp_path: Path, layout: str) -> None:
     """Larger row groups, without statistics or with those of every column, and metadata of its own."""
     steps = [step(n, window=3) for n in (1, 2, 3)]
-    schema = schema_with(METADATA)
-    (tmp_path / "telemetry").mkdir()
-    pq.write_table(
-        to_table(steps, schema),
-        tmp_path / "telemetry" / "steps-0000000001-0000000003.parquet",
-        row_group_size=1 << 16,
-        write_statistics=layout == "v1",
-    )
+    write_version_1(tmp_path, steps, row_group_size=1 << 16, write_statistics=layout == "v1")
     StoreWriter(tmp_path, METADATA).write([step(4)])
     assert rows(store.read(tmp_path)) == expected(*steps, step(4))
     one = store.read(tmp_path, "decoder.layers.1.mlp.linear_fc1", "weight", "amax", first_step=2)
@@ -302,9 +295,9 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = store.parts(tmp_path)[0].path
     table = pq.read_table(path)
     key = b"nemo_fp8_recipes.telemetry"
-    newer = table.schema.metadata[key].replace(b'"schema_version": 1', b'"schema_version": 2')
+    newer = table.schema.metadata[key].replace(b'"schema_version": 2', b'"schema_version": 3')
     pq.write_table(table.replace_schema_metadata({key: newer}), path)
-    with pytest.raises(ReportError, match="schema version 2"):
+    with pytest.raises(ReportError, match="schema version 3"):
         store.read(tmp_path)
 
 

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nemo_fp8_recipes.telemetry.rows import Rows
 from nemo_fp8_recipes.telemetry.series import WHATIF, Series, StepValues
 
 __all__ = ["Columns", "OperandTable"]
+
+HISTORY = "amax_history"
 
 
 class _Place(NamedTuple):
@@ -32,6 +35,7 @@ class OperandTable:
         self.series: list[Series] = []
         self._rows: dict[tuple[str, str], int] = {}
         self._known: tuple[Series, ...] = ()
+        self._windowed: tuple[Series, ...] = ()
         self._places: dict[str, _Place] = {}
         self._present: dict[str, np.ndarray] = {}
         self._recipes: dict[str, np.ndarray] = {}
@@ -44,12 +48,13 @@ class OperandTable:
         if values.series is not self._known and values.series != self._known:
             self._learn(values.series)
         self._known = values.series  # the same object next time, where there is one
-        windows = {}
-        for series, window in values.windows.items():
-            if series.stat != "amax_history":
-                continue
-            windows[self._row(series)] = window
-        return Columns(self, values, self._places, windows)
+        windows = values.windows
+        names = windows.names if isinstance(windows, Rows) else tuple(windows)
+        if names is not self._windowed and names != self._windowed:
+            for series in names:
+                self.row(series)
+        self._windowed = names
+        return Columns(self, values, self._places)
 
     def present(self, stat: str) -> np.ndarray:
         """bool (operands,): which had the statistic in the last step. Not written."""
@@ -85,7 +90,7 @@ class OperandTable:
         found: dict[str, tuple[list[int], list[int]]] = {}
         for position, one in enumerate(series):
             rows, positions = found.setdefault(one.stat, ([], []))
-            rows.append(self._row(one))
+            rows.append(self.row(one))
             positions.append(position)
         self._places = {
             stat: _Place(np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64))
@@ -93,7 +98,8 @@ class OperandTable:
         }
         self._present, self._recipes, self._formats = {}, {}, {}
 
-    def _row(self, series: Series) -> int:
+    def row(self, series: Series) -> int:
+        """The row of the operand; a new one where it has none."""
         key = (series.module, series.tensor)
         row = self._rows.get(key)
         if row is None:
@@ -113,11 +119,10 @@ class Columns:
         table: OperandTable,
         values: StepValues,
         places: dict[str, _Place],
-        windows: dict[int, np.ndarray],
     ) -> None:
         self.table = table
         self.step = values.step
-        self.windows = windows
+        self._windows = values.windows
         self._values = values.values
         self._places = places
         self._columns: dict[str, np.ndarray] = {}
@@ -139,6 +144,18 @@ class Columns:
                 column[place.rows] = self._values[place.positions]
             column.flags.writeable = False
         return column
+
+    def frozen(self) -> tuple[list[int], int]:
+        """Operands with an Inf in their amax history, and the length of the longest history."""
+        windows = self._windows
+        if isinstance(windows, Rows) and windows.names[0].stat == HISTORY:
+            matrix = windows.matrix
+            # Two numbers say of most steps that there is none. A NaN hides it from them.
+            if np.isfinite(matrix.max()) and np.isfinite(matrix.min()):
+                return [], matrix.shape[1]
+        histories = {series: window for series, window in windows.items() if series.stat == HISTORY}
+        rows = [self.table.row(series) for series, window in histories.items() if np.isinf(window).any()]
+        return rows, max(map(len, histories.values()), default=0)
 
     def amax(self) -> np.ndarray:
         """float64 (operands,): the amax, or its bound where only that is known. Not written."""

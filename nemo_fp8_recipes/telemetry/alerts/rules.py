@@ -107,13 +107,11 @@ class HistoryFrozen(RuleCheck):
 
     def check(self, columns: Columns) -> Finding:
         amax = columns.get("amax")
-        violated = columns.table.of_recipe("delayed") & np.isinf(amax)
-        length = 0
-        for row, window in columns.windows.items():
-            length = max(length, len(window))
-            if np.isinf(window).any():
-                violated[row] = True
-        return Finding(violated, amax, np.isinf(amax).astype(np.float64), window=length)
+        infinite = np.isinf(amax)
+        violated = columns.table.of_recipe("delayed") & infinite
+        rows, length = columns.frozen()
+        violated[rows] = True
+        return Finding(violated, amax, infinite.astype(np.float64), window=length)
 
 
 class NonFinite(RuleCheck):

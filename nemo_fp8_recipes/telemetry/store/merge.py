@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_fp8_recipes.telemetry.store.table import NAMES, SCHEMA
+from nemo_fp8_recipes.telemetry.store.table import NAMES, SCHEMA, STORED
+from nemo_fp8_recipes.telemetry.store.windows import rejoined
 
 __all__ = ["LAST", "merged", "module_range", "name_range"]
 
@@ -22,10 +23,11 @@ PIECE_ROWS = 1 << 21
 
 
 def merged(paths: Sequence[Path], *, last_step: int | None = None) -> Iterator[pa.Table]:
-    """The rows of parts, sorted by series and step, in pieces.
+    """The rows of parts as `STORED`, sorted by series and step, in pieces. A window that was the first of its
+    series in a part continues the one before it, where it can.
 
     Args:
-        paths: parts whose steps ascend from one to the next.
+        paths: parts of any schema version, whose steps ascend from one to the next.
         last_step: leave out the rows of later steps.
     """
     files = [pq.ParquetFile(path) for path in paths]
@@ -43,9 +45,9 @@ def merged(paths: Sequence[Path], *, last_step: int | None = None) -> Iterator[p
                     if first <= until and (below is None or last > below)
                 ]
                 if wanted:
-                    table = file.read_row_groups(wanted).select(SCHEMA.names).cast(SCHEMA)
+                    table = _as_stored(file.read_row_groups(wanted))
                     tables.append(_between(table, below, until, last_step))
-            piece = _sorted(pa.concat_tables(tables)) if tables else SCHEMA.empty_table()
+            piece = _sorted(pa.concat_tables(tables)) if tables else STORED.empty_table()
             if len(piece):
                 yield piece
             below = until
@@ -65,6 +67,14 @@ def name_range(metadata: pq.FileMetaData, group: int, name: str) -> tuple[str, s
     if statistics is None or not statistics.has_min_max:
         return None
     return str(statistics.min), str(statistics.max)
+
+
+def _as_stored(table: pa.Table) -> pa.Table:
+    """The rows of a part in the columns of this version."""
+    if "since" not in table.schema.names:
+        table = table.rename_columns({"values": "newest"})
+        table = table.append_column("since", pa.nulls(len(table), STORED.field("since").type))
+    return table.select(STORED.names).cast(STORED)
 
 
 LAST = "\U0010ffff"
@@ -109,9 +119,17 @@ def _sorted(table: pa.Table) -> pa.Table:
         places[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
         key = key * len(names) + places[column.indices.to_numpy()]
     order = np.argsort(key, kind="stable")
-    windows = table.column("values")
-    if windows.null_count == len(table):
-        table = table.drop_columns("values")
-        taken = table.take(pa.array(order))
-        return taken.append_column(SCHEMA.field("values"), pa.nulls(len(table), SCHEMA.field("values").type))
-    return table.take(pa.array(order))
+    windows = ["newest", "since"]
+    if table.column("newest").null_count == len(table):
+        taken = table.drop_columns(windows).take(pa.array(order))
+        columns = tuple(pa.nulls(len(table), STORED.field(name).type) for name in windows)
+    else:
+        taken = table.take(pa.array(order)).combine_chunks()
+        key = key[order]
+        same = np.concatenate([[False], key[1:] == key[:-1]])
+        newest, since = (taken.column(name).combine_chunks() for name in windows)
+        columns = rejoined(newest, since, taken.column("step").to_numpy(), same)
+        taken = taken.drop_columns(windows)
+    for name, column in zip(windows, columns, strict=True):
+        taken = taken.append_column(STORED.field(name), column)
+    return taken

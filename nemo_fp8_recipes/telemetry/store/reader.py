@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.telemetry.store.files import Part, parts
 from nemo_fp8_recipes.telemetry.store.merge import module_range, name_range
-from nemo_fp8_recipes.telemetry.store.table import METADATA_KEY, SCHEMA, SCHEMA_VERSION
+from nemo_fp8_recipes.telemetry.store.table import METADATA_KEY, NAMES, SCHEMA, SCHEMA_VERSION, STORED
+from nemo_fp8_recipes.telemetry.store.windows import DamagedWindows, pieces, whole
 
 __all__ = ["info", "read", "steps"]
 
@@ -87,33 +88,73 @@ def info(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _load(part: Part, wanted: Mapping[str, frozenset[str]], first: int, last: int) -> pa.Table:
-    """The wanted rows of one part."""
+    """The wanted rows of one part, windows whole."""
 
     def load() -> pa.Table:
         with pq.ParquetFile(part.path) as file:
             _checked(part, file.metadata.metadata)
+            # By series alone, never by step: a window may continue an earlier row of its series.
             groups = row_groups(file.metadata, wanted)
             if not groups:
                 return SCHEMA.empty_table()
             table = file.read_row_groups(groups, use_threads=False)
+        if "since" in table.schema.names:
+            if table.column("newest").null_count < len(table):
+                return _expanded(table, wanted, first, last)
+            nulls = pa.nulls(len(table), SCHEMA.field("values").type)
+            table = table.drop_columns(["newest", "since"]).append_column("values", nulls)
         if not table.schema.equals(SCHEMA):
             table = table.select(SCHEMA.names).cast(SCHEMA)
-        pieces = [_kept(piece, wanted, first, last) for piece in table.to_batches()]
-        return pa.Table.from_batches(pieces, schema=SCHEMA)
+        kept = [_kept(piece, _chosen(piece, wanted, first, last)) for piece in table.to_batches()]
+        return pa.Table.from_batches(kept, schema=SCHEMA)
 
     return _guarded(part, load)
 
 
-def _kept(
-    piece: pa.RecordBatch, wanted: Mapping[str, frozenset[str]], first: int, last: int
-) -> pa.RecordBatch:
-    """The wanted rows of a piece; rows of one series lie together, and are then not even copied."""
+def _expanded(table: pa.Table, wanted: Mapping[str, frozenset[str]], first: int, last: int) -> pa.Table:
+    """The wanted rows of a table of `STORED`, windows whole."""
+    # First all rows of the wanted series. Of others there may be some without the ones before them.
+    kept = [_kept(piece, _of_series(piece, wanted)) for piece in table.to_batches()]
+    table = pa.Table.from_batches(kept, schema=table.schema).select(STORED.names).cast(STORED)
+    if not len(table):
+        return SCHEMA.empty_table()
+    table = table.unify_dictionaries().combine_chunks()
+    same = np.ones(len(table), dtype=bool)
+    same[0] = False
+    for name in NAMES:
+        codes = table.column(name).combine_chunks().indices.to_numpy()
+        same[1:] &= codes[1:] == codes[:-1]
+    newest, since = (table.column(name).combine_chunks() for name in ("newest", "since"))
+    step = table.column("step").to_numpy()
+    found = pieces(newest, since, step, same)
+    numbers = newest.is_null().to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero((step >= first) & (step <= last))
+    plain = table.drop_columns(["newest", "since"])
+    tables = [
+        plain.take(pa.array(chosen)).append_column(SCHEMA.field("values"), lists)
+        for chosen, lists in whole(found, rows, numbers)
+    ]
+    return pa.concat_tables([SCHEMA.empty_table(), *tables])
+
+
+def _chosen(piece: pa.RecordBatch, wanted: Mapping[str, frozenset[str]], first: int, last: int) -> np.ndarray:
+    """bool (rows,): which rows of a piece are wanted."""
     step = piece.column("step").to_numpy()
-    keep = (step >= first) & (step <= last)
+    return _of_series(piece, wanted) & (step >= first) & (step <= last)
+
+
+def _of_series(piece: pa.RecordBatch, wanted: Mapping[str, frozenset[str]]) -> np.ndarray:
+    """bool (rows,): which rows of a piece are of wanted series, whatever their step."""
+    keep = np.ones(len(piece), dtype=bool)
     for name, names in wanted.items():
         column = piece.column(name)
         chosen = np.asarray([value in names for value in column.dictionary.to_pylist()], dtype=bool)
         keep &= chosen[column.indices.to_numpy()] if len(chosen) else False
+    return keep
+
+
+def _kept(piece: pa.RecordBatch, keep: np.ndarray) -> pa.RecordBatch:
+    """Some rows of a piece; those of one series lie together, and are then not even copied."""
     count = int(np.count_nonzero(keep))
     start = int(keep.argmax()) if count else 0
     if keep[start : start + count].all():
@@ -180,7 +221,7 @@ def _checked(part: Part, found: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def _guarded(part: Part, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DamagedWindows, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ReportError(

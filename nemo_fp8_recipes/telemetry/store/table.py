@@ -1,8 +1,8 @@
 """The store's table: its schema, and the conversion from the values of steps.
 
 Rows are sorted by series and then by step. A series is then one contiguous piece, the name columns are long
-runs that cost nothing, and consecutive history windows, which overlap almost wholly, lie next to each other,
-where the compressor finds the overlap.
+runs that cost nothing, and a history window, which overlaps almost wholly with the one before it, lies next
+to that and is stored as what is new in it (`windows.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ import numpy as np
 import pyarrow as pa
 
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
+from nemo_fp8_recipes.telemetry.store.windows import TYPE, Entries, continued
 
-__all__ = ["METADATA_KEY", "NAMES", "SCHEMA", "SCHEMA_VERSION", "SeriesIndex", "schema_with", "to_table"]
+__all__ = [
+    "METADATA_KEY",
+    "NAMES",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "STORED",
+    "SeriesIndex",
+    "metadata_of",
+    "schema_with",
+    "to_table",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_KEY = b"nemo_fp8_recipes.telemetry"
 NAMES = ("module", "tensor", "stat", "recipe", "format")
 """The columns that name a series, in the order in which rows are sorted; `step` comes after them."""
@@ -34,16 +45,37 @@ SCHEMA = pa.schema(
         pa.field("recipe", _NAME, nullable=False),
         pa.field("format", _NAME, nullable=False),
         pa.field("value", pa.float32()),
-        pa.field("values", pa.list_(pa.field("element", pa.float32(), nullable=False))),
+        pa.field("values", TYPE),
     ]
 )
-"""Columns of version 1; docs/schemas/telemetry.md says what they mean."""
+"""Columns that a reader gets, and that files of version 1 have; docs/schemas/telemetry.md says what they
+mean.
+"""
+
+STORED = pa.schema(
+    [
+        *list(SCHEMA)[:-1],
+        pa.field("newest", TYPE),
+        pa.field("since", pa.int64()),
+    ]
+)
+"""Columns of a file: windows as what is new in them, see `windows.py`."""
 
 
 def schema_with(metadata: Mapping[str, Any]) -> pa.Schema:
-    """`SCHEMA` carrying schema version and `metadata` as JSON under `METADATA_KEY`."""
-    content = {"schema_version": SCHEMA_VERSION, **metadata}
-    return SCHEMA.with_metadata({METADATA_KEY: json.dumps(content, sort_keys=True).encode()})
+    """`STORED` carrying schema version and `metadata` as JSON under `METADATA_KEY`."""
+    content = {**metadata, "schema_version": SCHEMA_VERSION}
+    return STORED.with_metadata({METADATA_KEY: json.dumps(content, sort_keys=True).encode()})
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, Any]:
+    """What `schema_with` was given, and the schema version.
+
+    Raises:
+        KeyError, ValueError: it is no schema of ours.
+    """
+    found: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
+    return found
 
 
 class SeriesIndex:
@@ -98,7 +130,7 @@ class SeriesIndex:
 
 
 def to_table(steps: Sequence[StepValues], schema: pa.Schema, index: SeriesIndex | None = None) -> pa.Table:
-    """The rows of some steps, sorted by `NAMES` and step.
+    """The rows of some steps, sorted by `NAMES` and step. The first row of a windowed series is whole.
 
     Args:
         steps: ascending.
@@ -110,13 +142,13 @@ def to_table(steps: Sequence[StepValues], schema: pa.Schema, index: SeriesIndex 
     windowed = [index.numbers(tuple(values.windows)) for values in steps]
     ranks = index.ranks()
     scalars = _Rows.of([ranks[one] for one in numbers], [v.step for v in steps], [v.values for v in steps])
-    order = scalars.order()
     if not any(len(one) for one in windowed):
+        order = scalars.order()
         rank, step, value = scalars.rank[order], scalars.step[order], pa.array(scalars.value[order])
-        lists = pa.nulls(len(order), SCHEMA.field("values").type)
+        lists = [pa.nulls(len(order), STORED.field(name).type) for name in ("newest", "since")]
     else:
-        rank, step, value, lists = _with_windows(scalars, [ranks[one] for one in windowed], steps)
-    columns = [pa.array(step), *index.names(rank), value, lists]
+        rank, step, value, lists = _with_windows(scalars, windowed, ranks, steps)
+    columns = [pa.array(step), *index.names(rank), value, *lists]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -143,12 +175,18 @@ class _Rows:
 
 
 def _with_windows(
-    scalars: _Rows, ranks: Sequence[np.ndarray], steps: Sequence[StepValues]
-) -> tuple[np.ndarray, np.ndarray, pa.Array, pa.ListArray]:
-    """Scalar rows and windows together: rank, step, value and window of every row, sorted."""
-    windows = [window for values in steps for window in values.windows.values()]
-    nan = [np.full(len(rank), np.nan, dtype=np.float32) for rank in ranks]
-    others = _Rows.of(ranks, [values.step for values in steps], nan)
+    scalars: _Rows, series: Sequence[np.ndarray], ranks: np.ndarray, steps: Sequence[StepValues]
+) -> tuple[np.ndarray, np.ndarray, pa.Array, list[pa.Array]]:
+    """Scalar rows and windows together: rank, step and value of every row, sorted, and the columns of the
+    windows.
+
+    Args:
+        series: numbers of the windowed series of each step.
+        ranks: by number.
+    """
+    stored = continued(series, [values.step for values in steps], [values.windows for values in steps])
+    nan = [np.full(len(one), np.nan, dtype=np.float32) for one in series]
+    others = _Rows.of([ranks[one] for one in series], [values.step for values in steps], nan)
     rank = np.concatenate([scalars.rank, others.rank])
     step = np.concatenate([scalars.step, others.step])
     value = np.concatenate([scalars.value, others.value])
@@ -156,8 +194,11 @@ def _with_windows(
     order = np.argsort(rank, kind="stable")
     number = order - len(scalars.rank)  # of the window; negative for a scalar row
     window = number >= 0
-    lists = _lists(window, [windows[position] for position in number[window]])
-    return rank[order], step[order], pa.array(value[order], mask=window), lists
+    stored = stored.at(number[window])
+    since = np.full(len(order), -1, dtype=np.int64)
+    since[window] = stored.since
+    columns = [_lists(window, stored), pa.array(since, mask=since < 0)]
+    return rank[order], step[order], pa.array(value[order], mask=window), columns
 
 
 def _encoded(names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:
@@ -168,12 +209,11 @@ def _encoded(names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:
     return codes, pa.array(unique, type=pa.string())
 
 
-def _lists(window: np.ndarray, windows: Sequence[np.ndarray]) -> pa.ListArray:
-    """The list column: row i holds the next of `windows` where `window[i]`, else null."""
-    lengths = np.zeros(len(window), dtype=np.int64)
-    lengths[window] = [len(values) for values in windows]
+def _lists(there: np.ndarray, entries: Entries) -> pa.ListArray:
+    """The list column: row i holds the next of `entries` where `there[i]`, else null."""
+    lengths = np.zeros(len(there), dtype=np.int64)
+    lengths[there] = entries.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    flat = np.concatenate([np.zeros(0, dtype=np.float32), *windows]).astype(np.float32)
     return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(flat), type=SCHEMA.field("values").type, mask=pa.array(~window)
+        pa.array(offsets), pa.array(entries.flat), type=TYPE, mask=pa.array(~there)
     )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from nemo_fp8_recipes.telemetry.series import StepValues
 from nemo_fp8_recipes.telemetry.store.files import DIRECTORY, Part, all_parts, part_name, parts
 from nemo_fp8_recipes.telemetry.store.merge import merged
-from nemo_fp8_recipes.telemetry.store.table import NAMES, SeriesIndex, schema_with, to_table
+from nemo_fp8_recipes.telemetry.store.table import NAMES, SeriesIndex, metadata_of, schema_with, to_table
 
 __all__ = ["StoreWriter"]
 
@@ -70,7 +70,7 @@ class StoreWriter:
         if not group:
             return False
         # The metadata of the newest of them holds for the range, as `info` reads it.
-        schema = pq.read_schema(group[-1].path)
+        schema = _schema_of(group[-1].path)
         paths = [part.path for part in group]
         rows = sum(pq.read_metadata(path).num_rows for path in paths)
         self._put(merged(paths), group[0].first, group[-1].last, schema, rows=rows)
@@ -91,7 +91,7 @@ class StoreWriter:
             if part.last <= step:
                 continue
             if part.first <= step:
-                schema = pq.read_schema(part.path)
+                schema = _schema_of(part.path)
                 # The name must not say more than there is: another part may begin after the last row kept.
                 last = _last_step(part.path, step)
                 rows = pq.read_metadata(part.path).num_rows
@@ -119,7 +119,12 @@ class StoreWriter:
                 compression="zstd",
                 use_dictionary=list(NAMES),
                 write_statistics=["module", "tensor", "stat", "step"],
-                column_encoding={"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
+                column_encoding={
+                    "step": "DELTA_BINARY_PACKED",
+                    "value": "BYTE_STREAM_SPLIT",
+                    "newest.list.element": "BYTE_STREAM_SPLIT",
+                    "since": "DELTA_BINARY_PACKED",
+                },
             ) as writer:
                 for piece in pieces:
                     table = piece.replace_schema_metadata(schema.metadata)
@@ -131,6 +136,11 @@ class StoreWriter:
             temporary.unlink(missing_ok=True)
             raise
         return Part(first, last, path)
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    """To write the rows of a part anew: the columns of this version, the metadata of the part."""
+    return schema_with(metadata_of(pq.read_schema(path)))
 
 
 def _row_group_size(rows: int) -> int:

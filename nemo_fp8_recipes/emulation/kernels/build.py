@@ -3,6 +3,7 @@
 The file in the cache is named by a hash of what decides its content: source, compiler, flags and the CPU
 that `-march=native` compiles for (a home directory may be shared by different machines). It is written under
 another name and moved into place, so that processes that build at the same time cannot see half a file.
+A family of kernels is a file, and the files are compiled side by side: somebody waits for it.
 Where the cache cannot be written, the process builds into a directory of its own.
 """
 
@@ -16,10 +17,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["CannotBuildError", "SlowKernelsWarning", "cache_directory", "find_compiler", "load"]
+__all__ = [
+    "CannotBuildError",
+    "SlowKernelsWarning",
+    "cache_directory",
+    "compile_units",
+    "find_compiler",
+    "load",
+]
 
 SOURCE = Path(__file__).parent / "source"
 INTERFACE = 6
@@ -47,6 +56,10 @@ class SlowKernelsWarning(UserWarning):
 
 class CannotBuildError(Exception):
     """Why there are no compiled kernels, in a few words."""
+
+
+class CompilerFailedError(CannotBuildError):
+    """The compiler refused the source or a flag."""
 
 
 def load(environ: Mapping[str, str] = os.environ) -> ctypes.CDLL:
@@ -131,19 +144,45 @@ def _compile(compiler: Path, target: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
         result = Path(scratch) / target.name
-        for flags in ((*FLAGS, NATIVE), FLAGS):  # a few compilers do not know the CPU they run on
-            command = [str(compiler), *flags, str(SOURCE / "kernels.cpp"), "-o", str(result)]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
-                )
-            except subprocess.TimeoutExpired:
-                raise CannotBuildError(f"{compiler} took more than {TIMEOUT_SECONDS:.0f} s") from None
-            if done.returncode == 0:
-                result.replace(target)
-                return
-    first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    raise CannotBuildError(f"{compiler} failed: {first_error[:300]}")
+        try:
+            compile_units(compiler, (*FLAGS, NATIVE), result)
+        except CompilerFailedError:  # a few compilers do not know the CPU they run on
+            compile_units(compiler, FLAGS, result)
+        result.replace(target)
+
+
+def compile_units(compiler: Path, flags: Sequence[str], library: Path) -> None:
+    """Compile the source files, as many at a time as there are processors, and link them into `library`; the
+    objects are left beside it.
+
+    Raises:
+        CompilerFailedError: what it said.
+        CannotBuildError: it took too long.
+        OSError: the directory cannot be written.
+    """
+
+    def run(*arguments: str) -> None:
+        command = [str(compiler), *flags, *arguments]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise CannotBuildError(f"{compiler} took more than {TIMEOUT_SECONDS:.0f} s") from None
+        if done.returncode:
+            said = done.stderr
+            first_error = next((line for line in said.splitlines() if "error" in line), said.strip())
+            raise CompilerFailedError(f"{compiler} failed: {first_error[:300]}")
+
+    def compile_one(unit: Path) -> str:
+        target = str(library.with_name(f"{unit.stem}.o"))
+        run("-c", str(unit), "-o", target)
+        return target
+
+    units = [source for source in _sources() if source.suffix == ".cpp"]
+    with ThreadPoolExecutor(min(len(units), os.cpu_count() or 1)) as threads:
+        objects = list(threads.map(compile_one, units))
+    run(*objects, "-o", str(library))
 
 
 def _load_private(compiler: Path) -> ctypes.CDLL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,7 @@ def built(target: Path, *flags: str) -> Library:
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
-    source = str(build.SOURCE / "kernels.cpp")
-    subprocess.run([str(compiler), *flags, source, "-o", str(target)], check=True, timeout=300)
+    build.compile_units(compiler, flags, target)
     return Library(ctypes.CDLL(str(target)))
 
 

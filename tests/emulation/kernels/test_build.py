@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Mapping[str, str]:
-    """An environment whose compiler takes a moment, notes each call and gives out the built library."""
+    """An environment whose compiler takes a moment, notes each library and gives out the built one."""
     library()
     found = build.find_compiler()
     assert found is not None
@@ -31,7 +31,7 @@ def compiler(tmp_path: Path) -> Mapping[str, str]:
     fake.write_text(
         textwrap.dedent(f"""\
         #!/bin/sh
-        echo compiled >> {tmp_path}/calls
+        case " $* " in *" -c "*) ;; *) echo linked >> {tmp_path}/calls ;; esac
         while [ "$1" != -o ]; do shift; done
         head -c 1000 {compiled} > "$2"
         sleep 0.2

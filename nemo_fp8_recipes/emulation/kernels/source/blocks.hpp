@@ -4,6 +4,8 @@
 // Reference: numerics/blocks.py, mxfp8.py, blockwise.py, e8m0.py, scale.py.
 #pragma once
 
+#include <vector>
+
 #include "elements.hpp"
 #include "loops.hpp"
 #include "rows.hpp"

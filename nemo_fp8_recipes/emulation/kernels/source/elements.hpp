@@ -10,6 +10,8 @@
 #include <cstring>
 
 #define NEMO_FP8_INLINE __attribute__((always_inline)) inline
+// For what has much to do and is called in many places: compiled once.
+#define NEMO_FP8_CALLED __attribute__((noinline))
 
 namespace fp8 {
 
@@ -44,6 +46,16 @@ inline float from_float16(uint16_t value) {
   return as_float((magnitude >= 0x7c00 ? special : finite) | sign);
 }
 
+// fp32 values of bf16 or fp16 ones.
+NEMO_FP8_CALLED inline void widen(const uint16_t* __restrict half, int32_t type, int64_t count,
+                                            float* __restrict values) {
+  if (type == kBFloat16) {
+    for (int64_t i = 0; i < count; ++i) values[i] = as_float(int32_t(half[i]) << 16);
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = from_float16(half[i]);
+  }
+}
+
 // A contiguous tensor of one of the input types, read as fp32.
 struct Input {
   const void* data;
@@ -59,13 +71,8 @@ struct Input {
   NEMO_FP8_INLINE void copy(int64_t offset, int64_t count, float* __restrict buffer) const {
     if (type == kFloat32) {
       std::memcpy(buffer, static_cast<const float*>(data) + offset, size_t(count) * sizeof(float));
-      return;
-    }
-    const uint16_t* __restrict half = static_cast<const uint16_t*>(data) + offset;
-    if (type == kBFloat16) {
-      for (int64_t i = 0; i < count; ++i) buffer[i] = as_float(int32_t(half[i]) << 16);
     } else {
-      for (int64_t i = 0; i < count; ++i) buffer[i] = from_float16(half[i]);
+      widen(static_cast<const uint16_t*>(data) + offset, type, count, buffer);
     }
   }
 

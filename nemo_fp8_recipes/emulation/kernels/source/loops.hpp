@@ -1,15 +1,11 @@
 // Splitting work over threads, and transposing tiles of bytes.
 #pragma once
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "elements.hpp"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -17,60 +13,36 @@
 
 namespace fp8 {
 
-// `GOMP_parallel(function, argument, threads, flags)` of an OpenMP runtime: calls function(argument) on a team
-// of threads that it keeps. GNU's, LLVM's and Intel's runtimes all have it.
-using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+// Work on [first, last), whatever it is: compiled once, however it is called.
+class Work {
+ public:
+  template <class Function>
+  explicit Work(Function& function)
+      : function_(&function), call_([](void* work, int64_t first, int64_t last) {
+          (*static_cast<Function*>(work))(first, last);
+        }) {}
 
-// The team of torch's own runtime, where there is one. Its threads wait for work by spinning for a while: a
-// thread of our own beside them would only find the core taken.
-inline std::atomic<Team>& team() {
-  static std::atomic<Team> shared{nullptr};
-  return shared;
-}
+  void operator()(int64_t first, int64_t last) const { call_(function_, first, last); }
 
-inline void use_team(Team parallel) {
-  // A forked child has none of its parent's threads, and OpenMP runtimes wait for them for ever.
-  static const int watched = pthread_atfork(nullptr, nullptr, [] { team().store(nullptr); });
-  if (watched == 0) team().store(parallel);
-}
-
-// A range of work that any number of threads take their next part from.
-template <class Work>
-struct Shared {
-  Work& work;
-  int64_t count, parts;
-  std::atomic<int64_t> next{0};
-
-  void run() {
-    for (int64_t part = next++; part < parts; part = next++) {
-      work(count * part / parts, count * (part + 1) / parts);
-    }
-  }
+ private:
+  void* function_;
+  void (*call_)(void*, int64_t, int64_t);
 };
 
-// Calls work(first, last) for parts that cover [0, count), on up to `threads` threads: those of the team, else
+// Does all of `work`, [0, count), on up to `threads` threads: in team.cpp.
+void run_parts(int64_t count, int64_t threads, Work work);
+
+// Calls function(first, last) for parts that cover [0, count), on up to `threads` threads: those of the team, else
 // new ones that end with the call. Whatever number of threads is really given, all of it is done.
-template <class Work>
-void parallel(int64_t count, int32_t threads, Work&& work) {
+template <class Function>
+void parallel(int64_t count, int32_t threads, Function&& function) {
+  const Work work(function);
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, count));
   if (wanted == 1) {
-    work(int64_t(0), count);
-    return;
+    work(0, count);
+  } else {
+    run_parts(count, wanted, work);
   }
-  // Twice as many parts as threads: one that starts late does less.
-  Shared<Work> shared{work, count, std::min(2 * wanted, count)};
-  if (const Team run_on_team = team().load()) {
-    run_on_team([](void* job) { static_cast<Shared<Work>*>(job)->run(); }, &shared, unsigned(wanted), 0);
-    return;
-  }
-  std::vector<std::thread> others;
-  try {
-    for (int64_t begun = 1; begun < wanted; ++begun) others.emplace_back([&] { shared.run(); });
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do it.
-  }
-  shared.run();
-  for (auto& thread : others) thread.join();
 }
 
 // Transposes eight rows of eight bytes, a row a word (little endian).
@@ -109,7 +81,7 @@ inline void transpose_16x16(const uint8_t* in, int64_t in_stride, uint8_t* out, 
 #endif
 
 // out[j * out_stride + i] = in[i * in_stride + j]
-inline void transpose(const uint8_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint8_t* out,
+NEMO_FP8_CALLED inline void transpose(const uint8_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint8_t* out,
                       int64_t out_stride) {
   const int64_t whole_rows = rows & ~int64_t(7), whole_columns = columns & ~int64_t(7);
   int64_t wide_rows = 0, wide_columns = 0;

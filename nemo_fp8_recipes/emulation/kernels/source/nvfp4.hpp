@@ -138,8 +138,8 @@ struct Nvfp4Tiles {
       }
     }
     if (options.stochastic) draw_for_rows(i0, j0);
+    encode_fp4<kBlock>(tile[0], multiplier, options.stochastic ? random[0] : nullptr, rows * kWidth, codes[0]);
     for (int64_t i = 0; i < rows; ++i) {
-      encode_fp4<kBlock>(tile[i], multiplier + i * kBlocks, options.stochastic ? random[i] : nullptr, kWidth, codes[i]);
       if (columns == kWidth) {
         pack_pairs(codes[i], kWidth, out.packed + ((i0 + i) * k + j0) / 2);
       } else {

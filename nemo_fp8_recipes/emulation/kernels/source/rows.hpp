@@ -13,6 +13,13 @@
 #endif
 #endif
 
+// What loops written out for AVX2 leave over: compiled once, and called. Elsewhere it is the loop.
+#ifdef NEMO_FP8_AVX2
+#define NEMO_FP8_REST NEMO_FP8_CALLED
+#else
+#define NEMO_FP8_REST inline
+#endif
+
 namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2
@@ -120,34 +127,43 @@ NEMO_FP8_INLINE __m256i encode_32_wide(__m512 first, __m512 second, bool& outsid
 
 #endif
 
+// `encode_32` where some of the numbers become subnormal: rare in FP8, so it is not written out in every loop.
+template <class Out>
+__attribute__((noinline, cold)) __m256i encode_32_with_subnormals(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 value[4] = {a, b, c, d};
+  bool odd;
+  return encode_32<Out, true>(value, odd);
+}
+
 // FP8 codes of x[i] * scale_at(i), where `scale_at` gives the factors of eight values; all whole 32s.
 template <class Out, class ScaleAt>
 NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, ScaleAt scale_at, uint8_t* codes) {
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
+    const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
+      return _mm256_mul_ps(_mm256_loadu_ps(x + at), scale_at(at));
+    };
+    __m256i result;
+    if (Out::kSignShift != 24) {  // FP4 has nothing but subnormal numbers below 1
+      const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
+      bool odd;
+      result = encode_32<Out, true>(value, odd);
+    } else {
+      bool subnormals;
 #ifdef NEMO_FP8_AVX512
-    if (Out::kSignShift == 24) {
-      const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
+      const auto wide = [&](int64_t at) __attribute__((always_inline)) {
         const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(scale_at(at)), scale_at(at + 8), 1);
         return _mm512_mul_ps(_mm512_loadu_ps(x + at), scale);
       };
-      bool outside;
-      const __m256i quick = encode_32_wide<Out>(scaled(i), scaled(i + 16), outside);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), quick);
-      if (__builtin_expect(!outside, 1)) continue;
-    }
+      result = encode_32_wide<Out>(wide(i), wide(i + 16), subnormals);
+#else
+      const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
+      result = encode_32<Out, false>(value, subnormals);
 #endif
-    const __m256 value[4] = {
-        _mm256_mul_ps(_mm256_loadu_ps(x + i), scale_at(i)),
-        _mm256_mul_ps(_mm256_loadu_ps(x + i + 8), scale_at(i + 8)),
-        _mm256_mul_ps(_mm256_loadu_ps(x + i + 16), scale_at(i + 16)),
-        _mm256_mul_ps(_mm256_loadu_ps(x + i + 24), scale_at(i + 24)),
-    };
-    // FP8 has few subnormal numbers, FP4 nothing else below 1.
-    bool subnormals = Out::kSignShift != 24;
-    __m256i result;
-    if (!subnormals) result = encode_32<Out, false>(value, subnormals);
-    if (__builtin_expect(subnormals, 0)) result = encode_32<Out, true>(value, subnormals);
+      if (__builtin_expect(subnormals, 0)) {
+        result = encode_32_with_subnormals<Out>(scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24));
+      }
+    }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), result);
   }
   return i;
@@ -196,7 +212,7 @@ inline int32_t largest_lane(__m256 lanes) {
 #endif
 
 // Largest magnitude as integer bits, NaN passed over.
-inline int32_t largest_magnitude(const float* x, int64_t count) {
+NEMO_FP8_CALLED inline int32_t largest_magnitude(const float* x, int64_t count) {
   int64_t i = 0;
   int32_t largest = 0;
 #ifdef NEMO_FP8_AVX2
@@ -256,42 +272,56 @@ inline void observe_row(const float* __restrict x, int64_t count, int32_t* __res
   }
 }
 
+// codes[i] = encode(x[i] * scale[i >> shift]) for those from `i` on.
+template <class Out>
+NEMO_FP8_REST void encode_rest(const float* __restrict x, int64_t i, int64_t count, const float* __restrict scale,
+                               int shift, uint8_t* __restrict codes) {
+  for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale[i >> shift]));
+}
+
 // codes[i] = encode(x[i] * scale)
 template <class Out>
-inline void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* __restrict codes) {
+NEMO_FP8_CALLED void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
   const __m256 factor = _mm256_set1_ps(scale);
   i = encode_whole<Out>(x, count, [&](int64_t) { return factor; }, codes);
 #endif
-  for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale));
+  if (i < count) encode_rest<Out>(x, i, count, &scale, 63, codes);
 }
 
 // codes[i] = encode(x[i] * scale[i])
 template <class Out>
-inline void encode_row(const float* __restrict x, int64_t count, const float* __restrict scale,
+NEMO_FP8_CALLED void encode_row(const float* __restrict x, int64_t count, const float* __restrict scale,
                        uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
   i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_loadu_ps(scale + at); }, codes);
 #endif
-  for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale[i]));
+  if (i < count) encode_rest<Out>(x, i, count, scale, 0, codes);
 }
 
-// codes[i] = encode(x[i] * scale[i / Block])
+// codes[i] = encode(x[i] * scale[i / Block]); Block is a power of two.
 template <class Out, int Block>
-inline void encode_blocks(const float* __restrict x, int64_t count, const float* __restrict scale,
+NEMO_FP8_CALLED void encode_blocks(const float* __restrict x, int64_t count, const float* __restrict scale,
                           uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
   i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_set1_ps(scale[at / Block]); }, codes);
 #endif
-  for (; i < count; ++i) codes[i] = uint8_t(Out::encode(x[i] * scale[i / Block]));
+  if (i < count) encode_rest<Out>(x, i, count, scale, __builtin_ctz(Block), codes);
+}
+
+// values[i] = decode(codes[i]) * scale[i >> shift] for those from `i` on.
+template <class In>
+NEMO_FP8_REST void decode_rest(const uint8_t* __restrict codes, int64_t i, int64_t count,
+                               const float* __restrict scale, int shift, float* __restrict values) {
+  for (; i < count; ++i) values[i] = In::decode(codes[i]) * scale[i >> shift];
 }
 
 // values[i] = decode(codes[i])
 template <class In>
-inline void decode_row(const uint8_t* __restrict codes, int64_t count, float* __restrict values) {
+NEMO_FP8_CALLED void decode_row(const uint8_t* __restrict codes, int64_t count, float* __restrict values) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
   for (; i + 16 <= count; i += 16) {
@@ -300,12 +330,13 @@ inline void decode_row(const uint8_t* __restrict codes, int64_t count, float* __
     _mm256_storeu_ps(values + i + 8, lanes.high);
   }
 #endif
-  for (; i < count; ++i) values[i] = In::decode(codes[i]);
+  constexpr float kOne = 1.0f;
+  if (i < count) decode_rest<In>(codes, i, count, &kOne, 63, values);
 }
 
 // values[i] = decode(codes[i]) * scale[i]
 template <class In>
-inline void decode_row(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
+NEMO_FP8_CALLED void decode_row(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
                        float* __restrict values) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
@@ -315,12 +346,12 @@ inline void decode_row(const uint8_t* __restrict codes, int64_t count, const flo
     _mm256_storeu_ps(values + i + 8, _mm256_mul_ps(lanes.high, _mm256_loadu_ps(scale + i + 8)));
   }
 #endif
-  for (; i < count; ++i) values[i] = In::decode(codes[i]) * scale[i];
+  if (i < count) decode_rest<In>(codes, i, count, scale, 0, values);
 }
 
-// values[i] = decode(codes[i]) * scale[i / Block]
+// values[i] = decode(codes[i]) * scale[i / Block]; Block is a power of two.
 template <class In, int Block>
-inline void decode_row_blocks(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
+NEMO_FP8_CALLED void decode_row_blocks(const uint8_t* __restrict codes, int64_t count, const float* __restrict scale,
                               float* __restrict values) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
@@ -331,7 +362,7 @@ inline void decode_row_blocks(const uint8_t* __restrict codes, int64_t count, co
     _mm256_storeu_ps(values + i + 8, _mm256_mul_ps(lanes.high, factor));
   }
 #endif
-  for (; i < count; ++i) values[i] = In::decode(codes[i]) * scale[i / Block];
+  if (i < count) decode_rest<In>(codes, i, count, scale, __builtin_ctz(Block), values);
 }
 
 }  // namespace fp8

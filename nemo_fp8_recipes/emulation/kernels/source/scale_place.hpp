@@ -17,4 +17,9 @@ struct ScalePlace {
   }
 };
 
+// Scales of rows, padded to `stride` columns.
+inline ScalePlace row_place(bool swizzled, int64_t stride) {
+  return swizzled ? ScalePlace{0, 0, stride / 4} : ScalePlace{stride, 1, 0};
+}
+
 }  // namespace fp8

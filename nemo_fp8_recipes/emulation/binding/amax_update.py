@@ -18,6 +18,7 @@ from nemo_fp8_recipes.numerics.delayed import AMAX_ALGORITHMS, update_amax_and_s
 __all__ = ["fused_amax_and_scale_update_after_reduction"]
 
 
+@torch.inference_mode()  # what an evaluation in that mode has made can be written to in that mode alone
 def fused_amax_and_scale_update_after_reduction(
     amax_reduction_buffer: Tensor,
     amax_histories: Sequence[Tensor],

@@ -18,6 +18,7 @@ from nemo_fp8_recipes.emulation import kernels
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.device import non_tn_fp8_gemm_supported
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format
+from nemo_fp8_recipes.emulation.binding.overwrite import overwrite
 from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import (
     SOURCE,
@@ -138,7 +139,7 @@ class DelayedScaling(_PerTensor):
         # An empty tensor is C++'s null pointer: the amax is not wanted.
         buffers, largest = self._cast(quantizer, x, quantizer.scale.detach(), observe=live.numel() > 0)
         if largest is not None:
-            live.copy_(torch.maximum(live, largest.view(live.shape)))
+            overwrite(live, torch.maximum(live, largest.view(live.shape)))
         return buffers
 
 
@@ -164,8 +165,8 @@ class CurrentScaling(_PerTensor):
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
         if keeps_buffers:
-            quantizer.amax.copy_(largest)
-            quantizer.scale.copy_(scale)
+            overwrite(quantizer.amax, largest)
+            overwrite(quantizer.scale, scale)
         buffers, _ = self._cast(quantizer, x, scale, observe=False)
         return buffers
 

@@ -20,6 +20,7 @@ from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import element_format, require_high_precision, torch_dtype
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
+from nemo_fp8_recipes.emulation.binding.overwrite import overwrite
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax_of
 from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
@@ -225,7 +226,7 @@ def compute_amax(input: Tensor, amax: Tensor) -> None:
         amax.dtype == torch.float32, "pytorch/csrc/extensions/recipe.cpp", "amax must be a float tensor"
     )
     nvte_check(amax.numel() == 1, "pytorch/csrc/extensions/recipe.cpp", "amax must have exactly one element")
-    amax.copy_(amax_of(input.detach()).reshape(amax.shape))
+    overwrite(amax, amax_of(input.detach()).reshape(amax.shape))
 
 
 def _record(x: Tensor, quantizer: Any, caller: str) -> None:

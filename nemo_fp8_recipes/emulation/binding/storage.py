@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.overwrite import overwrite
 from nemo_fp8_recipes.emulation.kernels import Quantized
 
 __all__ = [
@@ -140,5 +141,5 @@ def store(layout: Layout, quantizer: Any, buffers: Mapping[str, Tensor], tensor:
             SOURCE,
             f"Expected {name.removeprefix('_')} with {value.numel()} elements, got {buffer.numel()}",
         )
-        buffer.detach().copy_(value.view(buffer.shape))
+        overwrite(buffer.detach(), value.view(buffer.shape))
     layout.retag(quantizer, tensor)

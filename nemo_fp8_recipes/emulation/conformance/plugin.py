@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any
 import pytest
 
 __all__ = ["spread"]
+
+_RANK_ERROR = re.compile(r"^(?:\[rank\d+\]: )?\w+(?:Error|Exception): .*", re.MULTILINE)
+"""How torchrun passes on what ended a rank."""
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """Its multiples, modulo 1, lie as evenly as any that can be taken one after the other."""
@@ -110,7 +114,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     elif report.failed and call.excinfo is None:
         message = str(report.longrepr)  # a test that was expected to fail, and passed
     elif report.failed and call.excinfo is not None:
-        message = f"{call.excinfo.typename}: {call.excinfo.value}"
+        message = f"{call.excinfo.typename}: {call.excinfo.value}"[:400]
+        message = " ".join([message, *_RANK_ERROR.findall(report.capstderr)[:1]])
         where = [f"{Path(str(entry.path)).name}:{entry.lineno + 1}" for entry in call.excinfo.traceback][-6:]
     _note(
         item.config,

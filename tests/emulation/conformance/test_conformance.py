@@ -90,6 +90,10 @@ def test_a_sample_has_every_value_of_an_inner_parameter(inner: int) -> None:
         ),
         ("transformer_engine_torch.fused_attn_fwd is not emulated on a machine", "fused attention"),
         ("Tried to instantiate dummy base class CUDAGraph", "CUDA graphs"),
+        (
+            "assert 1 == 0 + where 1 = CompletedProcess(args=['torchrun', 'run.py'])",
+            None,
+        ),  # a rank's own error
         ("AssertionError: libcuda.so cannot found!", "compiled-only kernel: Triton"),
         ("transformer_engine_torch.quantize with NVFP4Quantizer(x=True) is not emulated", None),
         ("AssertionError: Tensor-likes are not equal!", None),
@@ -271,6 +275,15 @@ def test_ranks_that_a_test_starts_pose_as_the_device(tmp_path: Path, monkeypatch
     monkeypatch.setattr(conformance, "SUITE", (Part("test_recipe.py", processes=2),))
     assert main([str(tmp_path), "test_recipe.py", "--output", str(table)]) == 0, table.read_text()
     assert "| `test_recipe.py (b200, 2 processes)` | 1 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
+
+
+def test_what_ended_a_rank_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_recipe.py").write_text(STARTS_RANKS)
+    (tmp_path / "rank.py").write_text("raise ValueError('of this rank')")
+    table = tmp_path / "t.md"
+    monkeypatch.setattr(conformance, "SUITE", (Part("test_recipe.py", processes=2),))
+    assert main([str(tmp_path), "test_recipe.py", "--output", str(table)]) == 1
+    assert "ValueError: of this rank" in table.read_text()
 
 
 def test_every_file_of_the_source_tree_has_a_verdict(tmp_path: Path) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_fp8_recipes.errors import Fp8Error, ReportError
+from nemo_fp8_recipes.errors import ReportError, RunDirectoryError
 from nemo_fp8_recipes.injection.rows import Manifest
 from nemo_fp8_recipes.launch.runs.state import read_run_state
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.training.metrics import read_metrics
-from nemo_fp8_recipes.training.run_directory import MANIFESTS, read_run
+from nemo_fp8_recipes.training.run_directory import MANIFESTS, METRICS_FILE, read_run
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,14 +71,13 @@ def load(path: str | Path) -> Run:
         )
     try:
         record = read_run(path)
-    except ReportError:
-        raise
-    except Fp8Error as error:
+        metrics = read_metrics(path / METRICS_FILE)
+    except RunDirectoryError as error:
         raise ReportError(error.message, value=str(path), allowed=error.allowed, hint=error.hint) from error
     return Run(
         path,
         _as_it_stands(path, record),
-        tuple(_metrics(path / "metrics.jsonl")),
+        tuple(metrics),
         _manifest(path / "manifest.json"),
         store.read(path, stat=None),
         tuple(store.read_alerts(path)),
@@ -94,16 +92,6 @@ def _as_it_stands(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
     if found.state in ("running", "unreadable"):
         return record
     return {**record, "status": found.state, "error": found.reason}
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = read_metrics(path)
-        for row in rows:
-            int(row["step"])
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{path} is damaged: {error!r}.", value=str(path)) from error
-    return rows
 
 
 def _manifests(directory: Path) -> tuple[tuple[int, Manifest], ...]:

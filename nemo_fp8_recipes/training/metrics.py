@@ -8,20 +8,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_fp8_recipes.errors import RunDirectoryError
 from nemo_fp8_recipes.training.files import atomic_write_text, writing
 
 __all__ = ["MetricsLog", "read_metrics"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line that a killed process left half-written is
-    dropped."""
-    if not path.exists():
+    """The complete lines of a metrics file, none where there is no file; a last line that a killed process
+    left half-written is dropped.
+
+    Raises:
+        RunDirectoryError: it cannot be read, or a complete line is no JSON object with a step.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise RunDirectoryError(f"Cannot read {path}: {error.strerror or error}.", value=str(path)) from error
     complete, torn = lines[:-1], lines[-1]
     del torn  # text after the last newline: the line was never finished
-    return [json.loads(line) for line in complete if line]
+    return [_row(path, number, line) for number, line in enumerate(complete, start=1) if line]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise RunDirectoryError(
+            f"{path} is damaged: line {number} is no JSON object with a step.",
+            value=str(path),
+            hint="Take the line out to go on with the others.",
+        )
+    return row
 
 
 class MetricsLog:

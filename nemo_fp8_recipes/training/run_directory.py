@@ -38,6 +38,8 @@ MANIFEST_FILE = "manifest.json"
 MANIFESTS = "manifests"  # where the recipe changes: a file for every step after which the manifest was read
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+_ALWAYS = {"status": str, "recipe": dict, "started": str}
+"""What every `run.json` has."""
 DATA_INDEX = ".data_index"
 LAUNCH_DIRECTORY = ".launch"
 """What is there before a run starts begins with a dot, so that it does not count as another run's."""
@@ -54,15 +56,27 @@ def read_run(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunDirectoryError(
-            f"{path} is not a run directory: it has no {RUN_FILE}.", value=str(path)
+            f"{path} is not a run directory: it has no {RUN_FILE}."
+            if path.is_dir()
+            else f"There is no directory {path}.",
+            value=str(path),
+            hint="nemo-fp8 runs lists those that there are.",
         ) from None
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"Cannot read {file}: {error}.", value=str(path)) from error
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise RunDirectoryError(
-            f"{file} is not of schema version {SCHEMA_VERSION}.", value=str(path), allowed=[SCHEMA_VERSION]
+            f"{file} is not of schema version {SCHEMA_VERSION}: it says {json.dumps(version)}.",
+            value=str(path),
+            allowed=[SCHEMA_VERSION],
+            hint="A newer nemo-fp8-recipes wrote it: upgrade this one." if newer else None,
         )
-    return record
+    missing = [key for key, kind in _ALWAYS.items() if not isinstance(record.get(key), kind)]
+    if missing:
+        raise RunDirectoryError(f"{file} is damaged: it has no {', '.join(missing)}.", value=str(path))
+    return dict(record)
 
 
 def newest_run(recipe: str, parent: Path = DEFAULT_PARENT) -> Path | None:

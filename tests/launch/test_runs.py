@@ -203,7 +203,8 @@ def test_records_of_another_form_are_listed_as_unreadable(
 
 
 def test_a_last_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = {"status": "finished", "recipe": {"name": "mxfp8"}}
+    started = "2026-01-01T00:00:00+00:00"
+    record = {"schema_version": 1, "status": "finished", "started": started, "recipe": {"name": "mxfp8"}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": NaN}\n')
     assert main(["runs", "--json", str(tmp_path)]) == 0

@@ -221,6 +221,17 @@ def _damaged_metrics(path: Path) -> str:
     return str(path)
 
 
+def _metrics_of_bytes(path: Path) -> str:
+    """What is said must not be the file itself, however large."""
+    (make(path) / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + b"\xb5\x00" * 100_000 + b"\n")
+    return str(path)
+
+
+def _metrics_without_a_step(path: Path) -> str:
+    (make(path) / "metrics.jsonl").write_text('[1, 2]\n{"loss": 2.0}\n')
+    return str(path)
+
+
 def _damaged_manifest(path: Path) -> str:
     (make(path) / "manifest.json").write_text("[]")
     return str(path)
@@ -240,6 +251,8 @@ def _damaged_telemetry(path: Path) -> str:
         (_not_a_run, "is not a run directory"),
         (_damaged_record, "run.json"),
         (_damaged_metrics, "metrics.jsonl"),
+        (_metrics_of_bytes, "metrics.jsonl is damaged: line 2 is no JSON object"),
+        (_metrics_without_a_step, "metrics.jsonl is damaged: line 1 is no JSON object"),
         (_damaged_manifest, "manifest.json"),
         (_damaged_telemetry, "steps-0000000001-0000000020.parquet"),
     ],
@@ -254,6 +267,7 @@ def test_one_clear_error(
     captured = capsys.readouterr()
     assert said in captured.err
     assert "Traceback" not in captured.err
+    assert len(captured.err) < 500
     assert captured.out == ""
 
 

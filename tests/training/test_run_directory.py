@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fp8_recipes.errors import CheckpointError, ConfigError, RunDirectoryError
+from nemo_fp8_recipes.errors import CheckpointError, ConfigError, Fp8Error, RunDirectoryError
+from nemo_fp8_recipes.report.run import load
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
 from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import RunDirectory, newest_run
@@ -141,6 +142,13 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_damaged_line_is_one_clear_error_for_a_resumed_run(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.write_bytes(b'{"step": 1}\n\xff\xfe\n')
+    with pytest.raises(RunDirectoryError, match="line 2 is no JSON object with a step"):
+        log.truncate_after(1)
+
+
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
@@ -208,3 +216,37 @@ def test_resume_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.path / "run.json").write_text("{")
     with pytest.raises(RunDirectoryError, match=r"Cannot read"):
         open_run(None, str(run.path), "mxfp8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"schema_version": 2},
+            "it says 2. Allowed: 1. A newer nemo-fp8-recipes wrote it",
+        ),
+        ({"schema_version": 0}, "is not of schema version 1: it says 0. Allowed: 1."),
+        ({"schema_version": None}, "it says null"),
+        ({"recipe": None}, "it has no recipe"),
+        ({"started": None, "status": 3}, "it has no status, started"),
+    ],
+)
+def test_a_record_of_another_form_says_what_is_wrong_with_it(
+    tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    run = started(tmp_path / "run")
+    run.close()
+    (run.path / "run.json").write_text(json.dumps({**record(run.path), **changes}))
+    for reading in (
+        lambda: open_run(None, str(run.path), "mxfp8"),
+        lambda: newest_run("mxfp8", tmp_path),
+        lambda: load(run.path),
+    ):
+        with pytest.raises(Fp8Error) as raised:
+            reading()
+        assert said in str(raised.value)
+
+
+def test_a_directory_that_is_not_there_is_told_from_one_that_holds_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"There is no directory .*nowhere\. nemo-fp8 runs lists"):
+        open_run(None, str(tmp_path / "nowhere"), "mxfp8")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_fp8_recipes.errors import RunDirectoryError
-from nemo_fp8_recipes.launch.directory import LaunchDirectory, is_locked, read_record
+from nemo_fp8_recipes.launch.directory import LaunchDirectory, is_locked
 from nemo_fp8_recipes.launch.slurm.query import JobState, job_state
 from nemo_fp8_recipes.training.checkpoint.directory import newest_complete_step
-from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, LOCK_FILE, METRICS_FILE, RUN_FILE
+from nemo_fp8_recipes.training.run_directory import CHECKPOINTS, LOCK_FILE, METRICS_FILE, RUN_FILE, read_run
 
 __all__ = ["SCHEMA_VERSION", "Run", "State", "find_runs", "read_run_state"]
 
@@ -93,7 +93,7 @@ def read_run_state(path: Path) -> Run:
 def _read(path: Path) -> Run:
     launch = LaunchDirectory(path)
     job = launch.read_job()
-    record = read_record(path / RUN_FILE)
+    record = read_run(path) if (path / RUN_FILE).exists() else None
     checkpoint = newest_complete_step(path / CHECKPOINTS)
     step, loss = _last_metrics(path / METRICS_FILE)
     nodes = launch.nodes() if job is not None else []

@@ -101,7 +101,7 @@ train-bridge: $(VENV_BRIDGE)/.installed
 	$(VENV_BRIDGE)/bin/nemo-fp8 train framework=bridge $(strip $(RECIPE) $(ARGS))
 
 test-bridge: $(VENV_BRIDGE)/.installed
-	OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge tests/injection/test_grouped_operations.py $(ARGS)
 	PYTHONPATH=$(BRIDGE_0_3) OMP_NUM_THREADS=1 $(VENV_BRIDGE)/bin/python -m pytest tests/frameworks/bridge/test_pretrain.py $(ARGS)
 
 # The sources of both packages, without what they need: nothing of them is imported.

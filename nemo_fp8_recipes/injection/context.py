@@ -2,8 +2,8 @@
 
 Megatron asks one function for the object each time it enters an FP8 context, `fp8_utils.get_fp8_recipe` (for
 FP4 `fp4_utils.get_fp4_recipe`), and both `fp8_autocast` and `fp8_model_init` get what it returns. Injection
-replaces these two functions and nothing else, so Megatron's own code keeps deciding when a context is
-entered, for which layers and with which amax reduction group.
+replaces these two functions, and answers for one MLP that asks nobody (`fused_mlp.py`), so Megatron's own
+code keeps deciding when a context is entered, for which layers and with which amax reduction group.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection.config_check import check_config, compare_kind
+from nemo_fp8_recipes.injection.fused_mlp import own_recipe_answered
 from nemo_fp8_recipes.injection.state import inside_autocast
 from nemo_fp8_recipes.injection.te_object import megatron_te_object
 from nemo_fp8_recipes.targets.transformer_engine import CANNOT_BE_IMPORTED, first_line
@@ -63,6 +64,19 @@ class Injection:
         self.calls += 1
         return self.te_object
 
+    def answer_own_context(self, config: Any) -> Any:
+        """The same for an MLP that enters an FP8 context whatever the config says (`fused_mlp.py`)."""
+        te_object = self.answer(config)
+        if te_object is None:
+            raise InjectionError(
+                "Megatron's TEFusedMLPWithGroupedLinear quantises in every forward pass, "
+                f"and the recipe is '{self.recipe.name}'.",
+                key="use_grouped_gemm_for_dense_mlp",
+                value=True,
+                allowed=[False],
+            )
+        return te_object
+
 
 @contextmanager
 def inject(recipe: Recipe, *, config: Any = None) -> Iterator[Injection]:
@@ -97,7 +111,8 @@ def inject(recipe: Recipe, *, config: Any = None) -> Iterator[Injection]:
             ours = _replacement(injection, original)
             setattr(module, name, ours)
             replaced.append((module, name, original, ours))
-        yield injection
+        with own_recipe_answered(injection.answer_own_context):
+            yield injection
     finally:
         for module, name, original, ours in reversed(replaced):
             _restore(module, name, original, ours)

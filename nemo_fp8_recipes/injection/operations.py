@@ -1,10 +1,12 @@
 """Linear layers that run as operations of Transformer Engine (`transformer_engine.pytorch.ops`).
 
 An operation keeps its quantizers in places of its own (`ops/op.py`), without those that a module has for its
-output and its grad_input. It stands in the module tree as part of a `te.ops.Sequential` or `te.ops.Linear`,
-or outside it: with `use_transformer_engine_op_fuser` Megatron makes its MLP of a `TEFusedMLP`, whose
-linear_fc1 and linear_fc2 are there for their parameters and names alone. The operations that run are made of
-them in the first forward pass (`megatron/core/extensions/transformer_engine.py`).
+output and its grad_input: two a GEMM in the forward direction, one in the backward one. It stands in the
+module tree as part of a `te.ops.Sequential` or `te.ops.Linear`, or outside it: with
+`use_transformer_engine_op_fuser` Megatron makes its MLP of a `TEFusedMLP`, and from 0.19 on that of experts
+of a `TEGroupedMLP`, whose linear_fc1 and linear_fc2 are there for their parameters and names alone. The
+operations that run are made of them in the first forward pass
+(`megatron/core/extensions/transformer_engine.py`, `megatron/core/transformer/moe/experts.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ __all__ = [
     "OperationLinear",
     "forget_quantizers",
     "is_linear",
+    "keeps_weight_quantized",
     "linear_path",
     "operation_linears",
     "recipe_states",
@@ -45,6 +48,12 @@ class OperationLinear:
         return self.module
 
     @property
+    def num_gemms(self) -> int:
+        """How many GEMMs it runs: one for each of the experts of a grouped one."""
+        groups = getattr(self.operation, "num_groups", None)
+        return int(getattr(self.module, "num_gemms", 1) if groups is None else groups)
+
+    @property
     def forwarded_at_least_once(self) -> bool:
         """Whether it is known to have run: an operation remembers it by its quantizers alone."""
         return self.fp8
@@ -54,7 +63,15 @@ class OperationLinear:
         kept = getattr(self.operation, "_quantizers", None)
         if kept is None:
             return {"scaling_fwd": [], "scaling_bwd": []}
-        return {"scaling_fwd": [*kept["forward"], None], "scaling_bwd": [*kept["backward"], None]}
+        inputs, weights = kept["forward"][0::2], kept["forward"][1::2]
+        forward = [slot for pair in zip(inputs, weights, strict=True) for slot in (*pair, None)]
+        backward = [slot for quantizer in kept["backward"] for slot in (quantizer, None)]
+        return {"scaling_fwd": forward, "scaling_bwd": backward}
+
+    @property
+    def slots_per_gemm(self) -> tuple[int, int]:
+        """Columns that a GEMM has in the buffers of delayed scaling, forward and backward."""
+        return 2, 1
 
     @property
     def fp8(self) -> bool:
@@ -79,7 +96,7 @@ class OperationLinear:
 
 
 class _FusedLinear(OperationLinear):
-    """A linear layer of Megatron's MLP of operations."""
+    """A linear layer of one of Megatron's MLPs of operations."""
 
     def __init__(self, mlp: Any, module: Any) -> None:
         super().__init__(module)
@@ -87,9 +104,9 @@ class _FusedLinear(OperationLinear):
 
     @property
     def operation(self) -> Any | None:
-        weight = getattr(self.module, "weight", None)  # a grouped linear has several, under other names
+        own = {id(parameter) for parameter in self.module.parameters(recurse=False)}
         for operation in _fused(self._mlp):
-            if is_linear(operation) and operation.weight is weight:
+            if is_linear(operation) and any(id(weight) in own for weight in _weights(operation)):
                 return operation
         return None
 
@@ -114,8 +131,29 @@ def operation_linears(modules: Iterable[NamedModule]) -> dict[int, OperationLine
 
 
 def is_linear(module: object) -> bool:
-    """Whether this is the operation that multiplies with a weight."""
-    return derives_from(module, "transformer_engine", "BasicLinear")
+    """Whether this is an operation that multiplies with a weight, or with several."""
+    return _is_operation(module) and derives_from(
+        module, "transformer_engine", "BasicLinear", "GroupedLinear"
+    )
+
+
+def keeps_weight_quantized(module: object) -> bool:
+    """Whether this is a linear operation whose parameters are stored quantised."""
+    return is_linear(module) and any(
+        derives_from(weight, "transformer_engine", "QuantizedTensor")
+        or (
+            derives_from(weight, "transformer_engine", "GroupedTensor")
+            and getattr(weight, "quantizer", None) is not None
+        )
+        for weight in _weights(module)
+    )
+
+
+def _weights(operation: Any) -> Iterator[Any]:
+    """The weights of a linear operation: one, or one for each group."""
+    parameters = operation._parameters
+    names = ("weight", *(f"weight{group}" for group in range(getattr(operation, "num_groups", 0))))
+    yield from (weight for name in names if (weight := parameters.get(name)) is not None)
 
 
 def linear_path(path: str) -> str:
@@ -138,7 +176,12 @@ def forget_quantizers(module: Any) -> None:
     module of any other kind.
     """
     if _is_fused_mlp(module):
-        module._fused_impl = None
+        if hasattr(module, "_fused_impl"):
+            module._fused_impl = None
+        for sequence in getattr(module, "_fused_ops", None) or ():
+            # Megatron has registered hooks of its own on these.
+            for operation in (sequence, *sequence):
+                forget_quantizers(operation)
     elif derives_from(module, "transformer_engine", "Sequential"):
         # What runs them remembers the kind of recipe they were made ready for, and would not look again.
         module._module_groups = None
@@ -147,7 +190,9 @@ def forget_quantizers(module: Any) -> None:
 
 
 def _is_fused_mlp(module: object) -> bool:
-    return derives_from(module, "megatron", "TEFusedMLP")
+    return derives_from(module, "megatron", "TEFusedMLP") or (
+        derives_from(module, "megatron", "TEGroupedMLP") and getattr(module, "_with_fused_impl", False)
+    )
 
 
 def _is_operation(module: object) -> bool:
@@ -155,6 +200,7 @@ def _is_operation(module: object) -> bool:
 
 
 def _fused(mlp: Any) -> Iterator[Any]:
-    """The operations of Megatron's MLP, once they are made."""
-    for sequence in mlp._fused_impl or ():
-        yield from sequence
+    """The operations of one of Megatron's MLPs, once they are made."""
+    for name in ("_fused_impl", "_fused_ops"):
+        for sequence in getattr(mlp, name, None) or ():
+            yield from sequence

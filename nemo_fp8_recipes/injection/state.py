@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.errors import InjectionError
 from nemo_fp8_recipes.injection.module_names import NamedModule, named_modules
-from nemo_fp8_recipes.injection.operations import forget_quantizers, is_linear, recipe_states
+from nemo_fp8_recipes.injection.operations import forget_quantizers, keeps_weight_quantized, recipe_states
 from nemo_fp8_recipes.injection.peers import derives_from
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
     modules = tuple(_te_modules(model))
     everything = tuple(named_modules(model))
     quantized = [named.path for named in modules if named.module.primary_weights_in_fp8]
-    quantized += [named.path for named in everything if _keeps_weight_quantized(named.module)]
+    quantized += [named.path for named in everything if keeps_weight_quantized(named.module)]
     if quantized:
         raise InjectionError(
             f"The recipe of {quantized[0]} cannot change: its primary weight is stored quantised.",
@@ -99,11 +99,6 @@ def reset_quantization_state(model: nn.Module | Sequence[nn.Module]) -> None:
         "autocast_arguments",
     ):
         getattr(state, buffer).clear()
-
-
-def _keeps_weight_quantized(module: Any) -> bool:
-    """Whether this is a linear operation whose parameter is stored quantised."""
-    return is_linear(module) and derives_from(module.weight, "transformer_engine", "QuantizedTensor")
 
 
 def _reset_module(module: Any) -> None:

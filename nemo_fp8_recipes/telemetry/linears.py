@@ -65,13 +65,14 @@ class Linear:
 
     def scale_columns(self) -> Iterator[tuple[str, Any, int]]:
         """Operand, the `scale` tensor of delayed scaling that holds its slot, and the column in it."""
+        ahead, back = getattr(self.module, "slots_per_gemm", (_FORWARD_SIZE, _BACKWARD_SIZE))
         forward = getattr(self.module.fp8_meta.get("scaling_fwd"), "scale", None)
         if forward is not None:
             for tensor, slot in _FORWARD_SLOTS.items():
-                yield tensor, forward, self.gemm * _FORWARD_SIZE + slot
+                yield tensor, forward, self.gemm * ahead + slot
         backward = getattr(self.module.fp8_meta.get("scaling_bwd"), "scale", None)
         if backward is not None:
-            yield "grad_output", backward, self.gemm * _BACKWARD_SIZE
+            yield "grad_output", backward, self.gemm * back
 
     def parameter(self) -> Any | None:
         """The weight as the module's parameter, quantised or not; None where it is made of several, or kept
@@ -119,25 +120,27 @@ def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:
 
     Linears that run in high precision are among them; they just never show a quantised operand.
     """
-    found = []
+    found: list[Linear] = []
     modules = tuple(named_modules(model))
     operations = operation_linears(modules)
     for named in modules:
         module: Any = named.module
         operation = operations.get(id(module))
         if operation is not None:
-            found.append(Linear(linear_path(named.path), operation, 0))
+            found += _gemms_of(linear_path(named.path), operation, operation.num_gemms)
             continue
         if not derives_from(module, "transformer_engine", "TransformerEngineBaseModule"):
             continue
         if derives_from(module, "transformer_engine", "DotProductAttention"):
             continue
-        gemms = int(module.fp8_meta.get("num_gemms") or _gemms(module))
-        offset = _expert_offset(named.path, gemms)
-        for gemm in range(gemms):
-            path = named.path if gemms == 1 else f"{named.path}.gemm{offset + gemm}"
-            found.append(Linear(path, module, gemm))
+        found += _gemms_of(named.path, module, int(module.fp8_meta.get("num_gemms") or _gemms(module)))
     return tuple(found)
+
+
+def _gemms_of(path: str, module: Any, gemms: int) -> Iterator[Linear]:
+    offset = _expert_offset(path, gemms)
+    for gemm in range(gemms):
+        yield Linear(path if gemms == 1 else f"{path}.gemm{offset + gemm}", module, gemm)
 
 
 def _gemms(module: Any) -> int:

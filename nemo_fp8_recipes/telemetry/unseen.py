@@ -28,9 +28,10 @@ class Unseen:
 
     `unobserved` are the operands of which nothing was read, and `graphed` all of a module that runs as a CUDA
     graph: of it there is what Transformer Engine keeps in its buffers (delayed scaling's state, cached
-    weights) and nothing else. Of a `GroupedLinear(use_grouped_tensor=True)`, which quantises all experts'
-    inputs with one quantizer into one tensor (`transformer_engine/pytorch/module/grouped_linear.py`), there
-    are the weights. Operations keep the function that fuses an activation's gradient with the bias gradient
+    weights) and nothing else. Of a `GroupedLinear(use_grouped_tensor=True)` and of the operation of that
+    name, which quantise all experts' inputs with one quantizer into one tensor
+    (`transformer_engine/pytorch/module/grouped_linear.py`), there are the weights. Operations keep the
+    function that fuses an activation's gradient with the bias gradient
     (`ops/fused/backward_activation_bias.py`): what it quantises is not seen.
 
     Args:

@@ -64,20 +64,6 @@ def test_before_the_first_step_nothing_has_run():
     assert {rows[f"decoder.layers.0.{path}"].reason_code for path in FUSED} == {"no_forward"}
 
 
-def test_a_fused_mlp_of_grouped_linears_is_read_too():
-    recipe = recipes.load("mxfp8")
-    model, config = build(recipe)
-    with inject(recipe, config=config):
-        gpt.train_step(model)
-    mlp = model.decoder.layers[0].mlp
-    mlp.linear_fc1.weight0 = mlp.linear_fc1.weight
-    del mlp.linear_fc1.weight
-    rows = {row.module: row for row in manifest(model).rows}
-    assert rows["decoder.layers.0.mlp.linear_fc1"].reason_code == "no_forward"
-    linear = next(one for one in linears(model) if one.path.endswith("linear_fc1"))
-    assert not linear.module.fp8
-
-
 def test_a_model_in_bf16_says_so():
     model, config = build(None)
     with inject(recipes.load("bf16"), config=config):

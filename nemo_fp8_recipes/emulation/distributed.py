@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,9 +61,25 @@ def apply(ledger: PatchLedger) -> None:
     ):
         ledger.set(dist, name, function, reason)
         ledger.set(c10d, name, function, reason)
+    for name in _ALL_GATHERS:
+        if hasattr(dist, name):
+            gather = _without_autograd(getattr(dist, name))
+            ledger.set(dist, name, gather, "gloo writes to the output through autograd, NCCL to its memory")
+            ledger.set(c10d, name, gather, "gloo writes to the output through autograd, NCCL to its memory")
     coalescing = "gloo cannot coalesce collectives; they run one after the other"
     ledger.set(dist, "_coalescing_manager", _coalescing_manager, coalescing)
     ledger.set(c10d, "_coalescing_manager", _coalescing_manager, coalescing)
+
+
+_ALL_GATHERS = ("all_gather_into_tensor", "all_gather_single", "_all_gather_base")
+
+
+def _without_autograd(gather: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(gather)
+    def detached(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return gather(output_tensor.detach(), *args, **kwargs)
+
+    return detached
 
 
 def _host_backend(backend: Any) -> Any:

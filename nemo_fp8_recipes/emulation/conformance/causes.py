@@ -42,8 +42,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "expected to fail on a GPU (TE marks it so), and passes here",
     ),
     (
-        r"test_identity_recipe_matches_bf16_bitwise",
-        r"not equal",
+        r"test_identity_recipe_matches_bf16_bitwise|test_identity_all_modules",
+        r"not equal|run_hybrid_tp_sp",
         "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
     ),
     (
@@ -52,8 +52,13 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "it watches fused attention, in whose place the unfused one runs",
     ),
     (
+        r"test_current_device",
+        r"expanded size",
+        "the test has fewer keys than its `cu_seqlens_kv` says; a GPU writes behind the buffer",
+    ),
+    (
         r"",
-        r"'cpu' == 'cuda'|device\(type='cuda'",
+        r"'cpu' == 'cuda'|assert -1 == 1|device\(type='cuda'",
         "`Tensor.device` tells the truth on the emulated device: it is a CPU's",
     ),
     (

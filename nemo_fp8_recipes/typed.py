@@ -21,6 +21,7 @@ __all__ = ["coerce", "hints", "read", "spelled", "type_name", "unknown_key"]
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's marker for a value that the user has to give
 _SCALARS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_CONTAINERS: dict[type, str] = {list: "a list", dict: "a mapping"}
 
 
 def type_name(hint: Any) -> str:
@@ -51,7 +52,7 @@ def spelled(value: Any) -> str:
 
 
 def _wrong_type(value: Any, hint: Any, key: str, error: type[Fp8Error]) -> Fp8Error:
-    found = _SCALARS.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+    found = {**_SCALARS, **_CONTAINERS, type(None): "null"}.get(type(value), f"a {type(value).__name__}")
     if typing.get_origin(hint) is Literal and isinstance(value, str):
         choices = [str(choice) for choice in typing.get_args(hint)]
         close = nearest(value, choices)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_fp8_recipes import recipes, typed
@@ -89,8 +89,9 @@ def _refuse_deletions(overrides: Sequence[Override]) -> None:
 
 
 def _check_key(config: DictConfig, override: Override) -> None:
-    """Raise for a dotted key that the composed configuration lacks."""
-    node, path = config, ""
+    """Raise for a dotted key that the composed configuration lacks, or that holds another kind of value."""
+    node: Any = config
+    path = ""
     for part in override.key_or_group.split("."):
         if not isinstance(node, DictConfig):
             raise ConfigError(
@@ -110,3 +111,6 @@ def _check_key(config: DictConfig, override: Override) -> None:
             raise typed.unknown_key(part, [str(key) for key in node], path, ConfigError)
         path = f"{path}.{part}" if path else part
         node = node[part]
+    if isinstance(node, ListConfig | DictConfig):  # Hydra merges them with their own kind alone
+        kind = list[Any] if isinstance(node, ListConfig) else dict[Any, Any]
+        typed.coerce(override.value(), kind, path, ConfigError)

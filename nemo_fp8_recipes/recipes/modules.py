@@ -61,7 +61,12 @@ class ModuleRecipe:
 
     def __post_init__(self) -> None:
         if not self.pattern.strip():
-            raise ConfigError("A module's glob is empty.", key=self.key, value=str(self))
+            raise ConfigError(
+                f"{self.key} has an entry whose glob is empty.",
+                key=self.key,
+                value=str(self),
+                allowed=["a glob over module paths, such as *.linear_proj"],
+            )
         object.__setattr__(self, "recipe", resolve(self.recipe).choice)
 
     @classmethod

@@ -132,6 +132,8 @@ MISTAKES = [
     ("parallel.tp=0", "parallel.tp", ">= 1"),
     ("parallel.sequence=true", "parallel.sequence", "parallel.tp"),
     ("device=emulatd", "device", "Did you mean 'emulated'?"),
+    ("recipe_schedule={recipe: bf16}", "recipe_schedule", "a mapping. Allowed: a list."),
+    ("alerts.underflow=3", "alerts.underflow", "an integer. Allowed: a mapping"),
     ("debug=1", "debug", "true or false"),
     ("preflight.ignore=FP8-HW-001", "preflight.ignore", "a list"),
     ("hydra.run.dir=x", "hydra.run.dir", "no Hydra application"),

@@ -38,6 +38,8 @@ QUANTISING = (
     "dglu",
     "clamped_swiglu",
     "clamped_dswiglu",
+    "situglu",
+    "dsituglu",
     *_ACTIVATIONS,
     *(f"d{name}" for name in _ACTIVATIONS),
     *(f"dbias_d{name}" for name in ("gelu", "silu", "relu", "qgelu", "srelu")),

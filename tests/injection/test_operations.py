@@ -159,6 +159,35 @@ def test_operations_of_plain_transformer_engine_have_rows(name):
     }
 
 
+ACTIVATIONS = [
+    *("GELU", "QGELU", "ReLU", "SReLU", "SiLU"),
+    *("GLU", "GEGLU", "QGEGLU", "ReGLU", "SReGLU", "SwiGLU"),
+    pytest.param("ClampedSwiGLU", marks=since("2.14")),
+    pytest.param("SiTUGLU", marks=since("2.20")),
+]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_an_activation_quantises_is_seen(name):
+    import transformer_engine.pytorch as te
+
+    features = 256 if name.endswith("GLU") else 128
+    model = te.ops.Sequential(
+        te.ops.BasicLinear(128, features, dtype=torch.bfloat16),
+        getattr(te.ops, name)(),
+        te.ops.BasicLinear(128, 128, dtype=torch.bfloat16),
+    )
+    observer = Observer(model, history=False)
+    observer.begin(stats=True)
+    plain_step(model, recipes.load("mxfp8"))
+    reading = observer.end()
+    assert reading is not None
+    assert not [spec for spec in reading.specs if spec.name == "unobserved"]
+    assert {(spec.module, spec.tensor) for spec in reading.specs if spec.name == "elements"} == {
+        (path, tensor) for path in ("0", "2") for tensor in ("input", "weight", "grad_output")
+    }
+
+
 def test_a_gradient_that_a_kept_function_quantises_is_marked():
     recipe = recipes.load("mxfp8")
     model = plain(bias=True)

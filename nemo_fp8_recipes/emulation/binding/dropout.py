@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ _HALF = (torch.float16, torch.bfloat16)
 def dropout_fwd(input: Any, dropout_probability: float, out: Tensor | None = None) -> list[Tensor]:
     """[output, mask]: mask uint8 [elements / 8], the lowest bit first, 1 for what stays."""
     classes = te_classes()
+    probability = _fp32(dropout_probability)
     if isinstance(input, classes.float8_storage):
         values, dtype, shape = operands.values(input, columnwise=False), input.dtype, tuple(input._data.shape)
     elif isinstance(input, classes.quantized_storage):
@@ -37,10 +39,14 @@ def dropout_fwd(input: Any, dropout_probability: float, out: Tensor | None = Non
         values, dtype, shape = input.detach(), input.dtype, tuple(input.shape)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-    _check(values, out, "Input", "output", dropout_probability)
-    threshold = math.floor(dropout_probability * 256)
+    _check_half(out, "Output")
+    _check(values, out, "Input", "output", probability)
+    if not isinstance(input, classes.float8_storage):
+        _check_half(values, "Input")
+        _check_same(values, out, "Input", "output")
+    threshold = math.floor(probability * 256)
     keep = torch.randint(0, 256, (values.numel(),), dtype=torch.uint8) >= threshold
-    _apply(values, keep, out, dropout_probability)
+    _apply(values, keep, out, probability)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     mask = (keep.view(-1, 8).to(torch.uint8) * weights).sum(dim=1, dtype=torch.uint8)
     return [out, mask]
@@ -53,23 +59,43 @@ def dropout_bwd(
     if grad_input is None:
         grad_input = torch.empty_like(grad_output)
     grad = grad_output.detach()
-    _check(grad, grad_input, "Grad output", "grad input", dropout_probability)
+    probability = _fp32(dropout_probability)
+    _check_half(grad, "Grad output")
+    _check_same(grad, grad_input, "Grad output", "grad input")
+    _check(grad, grad_input, "Grad output", "grad input", probability)
     nvte_check(
         mask.numel() * 8 == grad.numel(),
         SOURCE,
         f"Mask tensor must have {grad.numel()} bits, but found shape={tuple(mask.shape)}.",
     )
     bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    _apply(grad, (mask.view(-1, 1) & bits).ne(0).view(-1), grad_input, dropout_probability)
+    _apply(grad, (mask.view(-1, 1) & bits).ne(0).view(-1), grad_input, probability)
     return grad_input
 
 
-def _check(x: Tensor, out: Tensor, name: str, out_name: str, probability: float) -> None:
+def _fp32(probability: float) -> float:
+    """The probability as the binding takes it: an fp32 number."""
+    return float(np.float32(probability))
+
+
+def _check_half(x: Tensor, name: str) -> None:
     nvte_check(
-        out.dtype in _HALF,
+        x.dtype in _HALF,
         SOURCE,
-        f"{out_name.capitalize()} tensor must be FP16/BF16 tensor, but dtype is {short_name(out.dtype)}.",
+        f"{name} tensor must be FP16/BF16 tensor, but dtype is {short_name(x.dtype)}.",
     )
+
+
+def _check_same(x: Tensor, out: Tensor, name: str, out_name: str) -> None:
+    nvte_check(
+        x.dtype == out.dtype,
+        SOURCE,
+        f"{name} tensor (dtype={short_name(x.dtype)}) and {out_name} tensor "
+        f"(dtype={short_name(out.dtype)}) do not match.",
+    )
+
+
+def _check(x: Tensor, out: Tensor, name: str, out_name: str, probability: float) -> None:
     nvte_check(
         x.numel() % 16 == 0,
         SOURCE,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.router_steps import (
     SOURCE,
     Steps,
@@ -27,7 +28,7 @@ __all__ = [
     "fused_topk_with_score_function_qb_fwd",
 ]
 
-BITMAP = 1
+BYTEMAP, BITMAP = 0, 1
 _INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 
 
@@ -47,6 +48,14 @@ def _routing_map(chosen: Tensor, experts: int, leading: torch.Size, routing_map_
     padded = torch.nn.functional.pad(chosen_map, (0, -experts % 8)).view(chosen.shape[0], -1, 8)
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
     return (padded * weights).sum(dim=-1, dtype=torch.uint8).view(*leading, -1)
+
+
+def _check_format(routing_map_format: int) -> None:
+    nvte_check(
+        routing_map_format in (BYTEMAP, BITMAP),
+        SOURCE,
+        f"routing_map_format must be BYTEMAP (0) or BITMAP_U8 (1), got {routing_map_format}",
+    )
 
 
 def _check_indices(indices: Tensor, leading: torch.Size, topk: int, routing_map_format: int) -> None:
@@ -155,6 +164,7 @@ def fused_topk_with_score_function_fwd(
     """Probabilities [..., experts] in the dtype of the logits, the routing map (or `topk_indices`, filled),
     and what the backward pass needs.
     """
+    _check_format(int(routing_map_format))
     flat = _rows(logits)
     experts = flat.shape[1]
     nvte_check(0 < topk <= experts, SOURCE, f"topk must be in [1, num_experts], got topk={topk}")
@@ -163,6 +173,11 @@ def fused_topk_with_score_function_fwd(
         expert_bias is None or score_function != "softmax",
         SOURCE,
         "score_function must be sigmoid or sqrtsoftplus when expert_bias is not None",
+    )
+    nvte_check(
+        expert_bias is None or expert_bias.dtype == torch.float32 or not release().router_in_fp32,
+        SOURCE,
+        "expert_bias must be a float32 tensor",
     )
     leading = logits.shape[:-1]
     if topk_indices is not None:
@@ -210,6 +225,7 @@ def fused_topk_with_score_function_qb_fwd(
     """Sigmoid routing that also counts, for every expert, which bias would have made each token choose it:
     one expert more is looked up, its biased score is the token's cutoff, and cutoff - score falls into a bin.
     """
+    _check_format(int(routing_map_format))
     flat = _rows(logits)
     tokens, experts = flat.shape
     nvte_check(0 < topk < experts, SOURCE, f"QB topk must be in [1, num_experts), got topk={topk}")
@@ -219,7 +235,10 @@ def fused_topk_with_score_function_qb_fwd(
         "QB expert_bias must have shape [num_experts] and float32 dtype",
     )
     nvte_check(
-        histogram.dtype == torch.int32 and histogram.dim() == 2 and histogram.shape[0] == experts,
+        histogram.dtype == torch.int32
+        and histogram.dim() == 2
+        and histogram.shape[0] == experts
+        and histogram.shape[1] > 0,
         SOURCE,
         "QB histogram must have shape [num_experts, num_bins] and int32 dtype",
     )
@@ -271,6 +290,7 @@ def fused_score_for_moe_aux_loss_fwd(
     logits: Tensor, topk: int, score_function: str, routing_map_format: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of all experts for the auxiliary loss, the routing map, and what the backward pass needs."""
+    _check_format(int(routing_map_format))
     flat = _rows(logits)
     nvte_check(topk > 0, SOURCE, "topk must be greater than 0")
     check_score_function(score_function)

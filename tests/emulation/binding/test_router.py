@@ -173,3 +173,21 @@ def test_what_is_refused(tex):
     if RELEASE == "2.11":
         with pytest.raises(RuntimeError, match="must be softmax or sigmoid"):
             tex.fused_topk_with_score_function_fwd(logits, 2, False, None, None, None, "sqrtsoftplus", None)
+
+
+@since("2.14")
+def test_a_bias_of_another_dtype_is_refused(tex):
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(RuntimeError, match="expert_bias must be a float32 tensor"):
+            tex.fused_topk_with_score_function_fwd(
+                torch.randn(4, 8), 2, False, None, None, None, "sigmoid", torch.zeros(8, dtype=dtype)
+            )
+
+
+@since("2.17")
+def test_a_routing_map_of_no_known_format_is_refused(tex):
+    logits = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match=r"BYTEMAP \(0\) or BITMAP_U8 \(1\), got 2"):
+        tex.fused_topk_with_score_function_fwd(logits, 2, False, None, None, None, "sigmoid", None, 2)
+    with pytest.raises(RuntimeError, match=r"BYTEMAP \(0\) or BITMAP_U8 \(1\), got 2"):
+        tex.fused_score_for_moe_aux_loss_fwd(logits, 2, "softmax", 2)

@@ -144,7 +144,26 @@ def test_dropout_reads_fp8_and_refuses_what_the_kernel_refuses(te, tex):
     assert torch.equal(out, quantized.dequantize().bfloat16())
     with pytest.raises(RuntimeError, match="must be FP16/BF16"):
         tex.dropout_fwd(torch.randn(16, 64), 0.1)
+    half, single = torch.randn(16).half(), torch.randn(16)
+    for x, out in ((half, half.bfloat16()), (single, half)):
+        with pytest.raises(RuntimeError, match=r"Input tensor .*dtype"):
+            tex.dropout_fwd(x, 0.1, out)
+    mask = torch.zeros(2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"Grad output tensor \(dtype=.*do not match"):
+        tex.dropout_bwd(half, mask, 0.1, half.bfloat16())
+    with pytest.raises(RuntimeError, match="Grad output tensor must be FP16/BF16"):
+        tex.dropout_bwd(single, mask, 0.1)
     with pytest.raises(RuntimeError, match="divisible by 16"):
         tex.dropout_fwd(torch.randn(3, 5).bfloat16(), 0.1)
-    with pytest.raises(RuntimeError, match="Invalid dropout probability"):
-        tex.dropout_fwd(torch.randn(16).bfloat16(), 1.0)
+    for probability in (1.0, 1.0 - 2.0**-30):  # as an fp32 argument this is 1
+        with pytest.raises(RuntimeError, match="Invalid dropout probability"):
+            tex.dropout_fwd(torch.randn(16).bfloat16(), probability)
+
+
+def test_dropouts_probability_is_an_fp32_number(tex):
+    """Just below a multiple of 1/256 in double precision, and that multiple in the kernel's."""
+    torch.manual_seed(3)
+    _, above = tex.dropout_fwd(torch.ones(4096).bfloat16(), 0.5)
+    torch.manual_seed(3)
+    _, below = tex.dropout_fwd(torch.ones(4096).bfloat16(), 0.5 - 2.0**-40)
+    assert torch.equal(above, below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -101,10 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on an error the user can put right, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     ours = _ours(arguments)
-    debug = "--debug" in ours
+    debug = "--debug" in ours or "debug=true" in ours
     arguments = [argument for argument in ours if argument != "--debug"] + arguments[len(ours) :]
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
+        return status
     except Fp8Error as error:
         if debug:
             traceback.print_exc()
@@ -118,6 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`nemo-fp8 show … | head`): not an error of ours.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        # Files of ours are written under errors of their own: this was the output.
+        if debug:
+            traceback.print_exc()
+        print(f"nemo-fp8: Cannot write the output: {error.strerror}.", file=sys.stderr)
+        sys.stdout = None  # Python would try once more at its end
+        return Fp8Error.exit_code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from nemo_fp8_recipes.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +37,9 @@ def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFi
     assert "Traceback" not in error
 
 
-def test_debug_shows_the_traceback_and_is_no_override(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "fp8_recipe=mxfp9", "--debug"]) == 2
+@pytest.mark.parametrize("word", ["--debug", "debug=true"])
+def test_debug_shows_the_traceback(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "fp8_recipe=mxfp9", word]) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert "mxfp8" in error.splitlines()[-1]
@@ -69,3 +73,41 @@ def test_output_into_a_closed_pipe_is_no_error() -> None:
     )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["show", "fp8_recipe=mxfp8"], 0),
+        (["show", "--json", "fp8_recipe=mxfp8"], 0),
+        (["doctor", "fp8_recipe=mxfp8", "hardware=h100"], 2),
+        (["runs"], 0),
+    ],
+)
+def test_a_reader_that_goes_away_does_not_change_the_exit_status(
+    words: list[str], status: int, tmp_path: Path
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_fp8_recipes", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+@pytest.mark.parametrize("words", [["show", "fp8_recipe=mxfp8"], ["args", "fp8_recipe=mxfp8"], ["--help"]])
+def test_a_full_disk_under_the_output_is_one_sentence(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_fp8_recipes", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "nemo-fp8: Cannot write the output: No space left on device.\n",
+    )

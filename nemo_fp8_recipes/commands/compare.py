@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-
 from nemo_fp8_recipes import recipes
 from nemo_fp8_recipes.commands.arguments import take_flags, take_options
 from nemo_fp8_recipes.comparison import Comparison, Plan, compare, execute, make_plan
@@ -15,6 +13,7 @@ from nemo_fp8_recipes.comparison.plan import BASELINE, COMPARISON_FILE
 from nemo_fp8_recipes.comparison.progress import Display
 from nemo_fp8_recipes.comparison.table import render
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.terminal import Terminal
 from nemo_fp8_recipes.training.display import make_console
 from nemo_fp8_recipes.training.files import atomic_write_json
 from nemo_fp8_recipes.training.run_directory import read_run
@@ -76,7 +75,7 @@ def _baseline(given: list[str], flags: set[str]) -> str | None:
 
 
 def _run(plan: Plan, *, resume: bool, as_json: bool) -> int:
-    console = Console(stderr=True, highlight=False) if as_json else make_console(quiet=False)
+    console = Terminal(stderr=True, highlight=False) if as_json else make_console(quiet=False)
     with Display(plan, console) as display:
         status = execute(plan, display, resume=resume)
     runs = {variant.label: (variant.recipe, variant.path) for variant in plan.variants}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +15,12 @@ from nemo_fp8_recipes.commands.arguments import take_flags
 from nemo_fp8_recipes.preflight import Finding
 from nemo_fp8_recipes.recipes.modules import module_recipes_of
 from nemo_fp8_recipes.recipes.schedule import schedule_of
+from nemo_fp8_recipes.terminal import Terminal
 from nemo_fp8_recipes.training.frameworks import FRAMEWORKS
 from nemo_fp8_recipes.training.settings import read_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["HELP", "run"]
 
@@ -74,7 +78,7 @@ def run(arguments: list[str]) -> int:
             )
         )
     else:
-        console = Console()
+        console = Terminal()
         for note in config.alias_notes(overrides):
             console.print(note, soft_wrap=True, markup=False)
         where = "emulated" if emulated else "on a GPU"

@@ -7,10 +7,10 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from nemo_fp8_recipes import config, preflight, recipes
+from nemo_fp8_recipes.terminal import Terminal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,7 +46,7 @@ def show(composed: DictConfig, *, emulated: bool, runs_here: bool, as_json: bool
         }
         print(json.dumps({"schema_version": 1, "model": str(composed.model.name), "matrix": plain}, indent=2))
         return 0
-    console = Console()
+    console = Terminal()
     cut = ", ".join(f"{key}={composed.parallel[key]}" for key in ("tp", "pp", "cp", "ep", "sequence"))
     console.print(f"model={composed.model.name} with {cut}", highlight=False, markup=False)
     table = Table(box=None, padding=(0, 1))

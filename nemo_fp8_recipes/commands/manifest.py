@@ -61,9 +61,9 @@ def _show(path: Path, manifest: Manifest, *, as_json: bool) -> int:
     if as_json:
         print(manifest.to_json())
         return 0
-    from rich.console import Console
+    from nemo_fp8_recipes.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(manifest.table())
     _print_changes(path, console)
     return 0
@@ -83,11 +83,10 @@ def _print_changes(path: Path, console: Console) -> None:
 
 
 def _print_differences(paths: list[str], found: list[Manifest], differences: tuple[Difference, ...]) -> None:
-    from rich.console import Console
-
     from nemo_fp8_recipes.injection.diff_table import render
+    from nemo_fp8_recipes.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for name, path, manifest in zip(("before", "after"), paths, found, strict=True):
         quantized = f"{len(manifest.quantized())} of {len(manifest.rows)} modules quantised"
         recipe = f", asked for {manifest.asked}" if manifest.asked else ""

@@ -66,9 +66,8 @@ def run(arguments: list[str]) -> int:
 
         print(json.dumps(document(paths[0]), indent=1, allow_nan=False))
         return 0
-    from rich.console import Console
-
     from nemo_fp8_recipes.report import text
+    from nemo_fp8_recipes.terminal import Terminal
 
-    text.render(paths[0], Console(highlight=False), all_layers="--all-layers" in flags)
+    text.render(paths[0], Terminal(highlight=False), all_layers="--all-layers" in flags)
     return 0

@@ -58,9 +58,9 @@ def run(arguments: list[str]) -> int:
         document = {"schema_version": 1, "runs": [each.to_dict() for each in found]}
         print(json.dumps(document, indent=1, allow_nan=False))
         return 0
-    from rich.console import Console
+    from nemo_fp8_recipes.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     if not found:
         where = ", ".join(str(path) for path in given or [RUNS])
         console.print(f"No runs in {where}.", markup=False)

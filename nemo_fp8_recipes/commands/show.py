@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -15,6 +14,10 @@ from nemo_fp8_recipes import config, recipes
 from nemo_fp8_recipes.commands.arguments import take_flags
 from nemo_fp8_recipes.recipes import OPERANDS, QuantizedRecipe, Recipe
 from nemo_fp8_recipes.targets import megatron_core, transformer_engine
+from nemo_fp8_recipes.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["HELP", "run"]
 
@@ -51,7 +54,7 @@ def run(arguments: list[str]) -> int:
     if "--json" in flags:
         print(json.dumps(_as_json(recipe), indent=2))
         return 0
-    console = Console()
+    console = Terminal()
     for note in config.alias_notes(overrides):
         console.print(note, soft_wrap=True, markup=False)
     _heading(console, "Recipe")

@@ -7,11 +7,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from nemo_fp8_recipes.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["ProgressLine", "banner", "farewell", "make_console", "progress"]
 
@@ -21,7 +26,7 @@ PLAIN_WIDTH = 120
 
 def make_console(*, quiet: bool) -> Console:
     """The console of this rank: silent when `quiet`; of a fixed width where output is not a terminal."""
-    console = Console(quiet=quiet, highlight=False)
+    console = Terminal(quiet=quiet, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PLAIN_WIDTH
     return console

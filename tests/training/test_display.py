@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.interruption import watch_signals
+from tests.training.command import TIMEOUT, Run, command, environment
 
 
 def test_a_terminal_gets_a_bar_with_loss_and_step_time() -> None:
@@ -67,3 +69,22 @@ def test_the_second_signal_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGTERM
     assert done.stdout == "still here\n"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_job(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        command(f"run_dir={tmp_path / 'run'}", "fp8_recipe=bf16", "training.steps=2"),
+        env=environment(),
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    os.close(write)
+    run = Run(done.returncode, "", done.stderr, tmp_path / "run")
+    assert run.status == 0, run.errors
+    assert run.record["status"] == "finished"
+    assert len(run.losses) == 2

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from nemo_fp8_recipes.errors import CheckpointError, ConfigError
 from nemo_fp8_recipes.training.checkpoint.directory import newest_checkpoint
+from nemo_fp8_recipes.training.files import writing
 from nemo_fp8_recipes.training.run_directory import RUN_FILE, RunDirectory, newest_run
 
 __all__ = ["Opening", "open_run"]
+
+
+def _holds_a_run(directory: Path) -> bool:
+    with writing(directory):  # a name may be one that no file system takes
+        return (directory / RUN_FILE).exists()
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def open_run(
     if resume is None:
         return Opening(RunDirectory.create(run_dir, recipe), None)
     if resume == "auto":
-        if run_dir is not None and not (Path(run_dir) / RUN_FILE).exists():
+        if run_dir is not None and not _holds_a_run(Path(run_dir)):
             return Opening(RunDirectory.create(run_dir, recipe), None)
         path = Path(run_dir) if run_dir is not None else newest_run(recipe)
         if path is None:

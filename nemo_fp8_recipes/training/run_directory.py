@@ -108,11 +108,11 @@ class RunDirectory:
             RunDirectoryError: `path` holds something already, is in use, or cannot be written.
         """
         directory = Path(path) if path is not None else cls.fresh_directory(recipe)
-        if path is not None and directory.exists() and not directory.is_dir():
-            raise RunDirectoryError(
-                f"{directory} is a file, not a directory.", key="run_dir", value=str(path)
-            )
         with writing(directory):
+            if path is not None and directory.exists() and not directory.is_dir():
+                raise RunDirectoryError(
+                    f"{directory} is a file, not a directory.", key="run_dir", value=str(path)
+                )
             directory.mkdir(parents=True, exist_ok=True)
         run = cls(directory.resolve(), cls._acquire(directory))
         # Only what a start that never came to its run.json may have left does not count as content.

@@ -247,6 +247,12 @@ def test_a_record_of_another_form_says_what_is_wrong_with_it(
         assert said in str(raised.value)
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_name_that_no_file_system_takes(tmp_path: Path, resume: str | None) -> None:
+    with pytest.raises(RunDirectoryError, match=r"Cannot write .*: File name too long\. Choose"):
+        open_run(str(tmp_path / ("x" * 300)), resume, "mxfp8")
+
+
 def test_a_directory_that_is_not_there_is_told_from_one_that_holds_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"There is no directory .*nowhere\. nemo-fp8 runs lists"):
         open_run(None, str(tmp_path / "nowhere"), "mxfp8")

@@ -2,8 +2,9 @@
 
 Follows `pytorch/csrc/extensions/activation.cpp`, `extensions/bias.cpp` (`dbias_*`), `common/util/math.h` and
 `common/activation/*` of Transformer Engine. Everything is computed in fp32. What is cast: delayed scaling
-casts the fp32 result; every other format first rounds it to the input's dtype. Gated variants split the last
-dimension: act(first half) * second half.
+casts the fp32 result; every other format first rounds it to the input's dtype. The amax, where a scale needs
+it, is that of the fp32 result (`FUSED_ACTIVATION_AMAX_FP8`, `_NVFP4`), unlike a norm's. Gated variants split
+the last dimension: act(first half) * second half.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.dtypes import require_high_precision
-from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, quantize_as
+from nemo_fp8_recipes.emulation.binding.quantize import is_delayed, is_mxfp8, quantize_as
 
 __all__ = [
     "GENERATED",
@@ -94,8 +95,9 @@ def _emit(result: Tensor, dtype: torch.dtype, quantizer: Any, caller: str) -> An
     """Output of an activation kernel: fp32 result -> tensor of `dtype`, quantised where asked for."""
     if quantizer is None:
         return result.to(dtype)
-    source = result if is_delayed(quantizer) else result.to(dtype)
-    return quantize_as(source, quantizer, dtype, caller=caller)
+    if is_delayed(quantizer):
+        return quantize_as(result, quantizer, dtype, caller=caller)
+    return quantize_as(result.to(dtype), quantizer, dtype, caller=caller, unrounded=result)
 
 
 def _fp32(x: Tensor) -> Tensor:
@@ -147,7 +149,9 @@ def _dbias_backward(name: str, derivative: Unary) -> Callable[..., Any]:
     def activation_grad_and_bias_grad(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> list[Any]:
         x = _fp32(fwd_input)
         result = derivative(x).mul_(_fp32(grad).view(x.shape))
-        bias_grad = result.reshape(-1, result.shape[-1]).sum(dim=0).to(grad.dtype)
+        one_kernel = is_delayed(quantizer) or is_mxfp8(quantizer)
+        summed = result if one_kernel else result.to(grad.dtype).to(torch.float32)
+        bias_grad = summed.reshape(-1, summed.shape[-1]).sum(dim=0).to(grad.dtype)
         return [bias_grad, _emit(result, grad.dtype, quantizer, name)]
 
     return activation_grad_and_bias_grad
@@ -178,12 +182,15 @@ def silu_halves(first: Tensor, second: Tensor) -> Halves:
 def clamped_halves(
     first: Tensor, second: Tensor, limit: float, alpha: float, glu_linear_offset: float
 ) -> Halves:
-    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted; no gradient where one was clamped."""
+    """SwiGLU of GPT-OSS: both halves clamped, the linear one shifted; no gradient where one was clamped. NaN
+    is clamped too, as CUDA's fminf and fmaxf have it.
+    """
     function, derivative = _scaled_silu(alpha)
-    clamped = first.clamp_max(limit)
+    bound = first.new_tensor(limit)
+    clamped = torch.fmin(first, bound)
     return Halves(
         function(clamped),
-        second.clamp(-limit, limit) + glu_linear_offset,
+        torch.fmin(torch.fmax(second, -bound), bound) + glu_linear_offset,
         torch.where(first <= limit, derivative(clamped), 0.0),
         (second.abs() <= limit).to(torch.float32),
     )

@@ -49,7 +49,7 @@ from nemo_fp8_recipes.emulation.binding.storage import (
 from nemo_fp8_recipes.emulation.binding.te_classes import element_type, te_classes
 from nemo_fp8_recipes.numerics import amax, fp4, hadamard, nvfp4, nvfp4_4over6
 
-__all__ = ["NVFP4", "Nvfp4Scaling", "scale_shape"]
+__all__ = ["NVFP4", "Nvfp4Scaling", "fuses_amax", "scale_shape"]
 
 BLOCK = nvfp4.BLOCK
 AMAXES = ("_amax_rowwise", "_amax_columnwise")
@@ -58,6 +58,13 @@ AMAXES = ("_amax_rowwise", "_amax_columnwise")
 def scale_shape(m: int, k: int) -> tuple[int, int]:
     """Padded shape of the scales of an [m, k] matrix, blocks along k."""
     return (round_up(m, TILE_M), round_up(k // BLOCK, TILE_K))
+
+
+def fuses_amax(quantizer: Any) -> bool:
+    """Whether the amax of a kernel that computed the tensor does: not that of rows, nor of what the Hadamard
+    transform makes of it.
+    """
+    return not row_scaled(quantizer) and not quantizer.with_rht
 
 
 class Nvfp4Scaling:
@@ -135,6 +142,10 @@ class Nvfp4Scaling:
             divided=release().nvfp4_divides,
         )
         return buffers
+
+    def encode_knowing(self, quantizer: Any, x: Tensor, known: Tensor) -> Buffers:
+        """`encode`, with this rank's amax fp32 () in place of that of x; where the quantizer `fuses_amax`."""
+        return self.encode_under(quantizer, x, _amaxes(quantizer, known.reshape(1), known.reshape(1)))
 
     def _encode_with_torch(
         self, quantizer: Any, matrix: Tensor, shape: Sequence[int], amaxes: Buffers | None
@@ -243,7 +254,7 @@ def _amaxes(quantizer: Any, rows: Tensor, columns: Tensor) -> Buffers:
     """The amax buffers of these values, reduced over ranks where the quantizer asks for it."""
     found = {}
     usages = (quantizer.rowwise_usage, quantizer.columnwise_usage)
-    columns = columns.clone() if columns is rows else columns
+    rows, columns = rows.clone(), columns.clone()  # they may be one, and are reduced in place
     for name, used, largest in zip(AMAXES, usages, (rows, columns), strict=True):
         if not used:
             continue

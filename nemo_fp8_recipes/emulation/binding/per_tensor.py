@@ -149,9 +149,15 @@ class CurrentScaling(_PerTensor):
     """
 
     def encode(self, quantizer: Any, x: Tensor) -> Buffers:
+        return self.encode_knowing(quantizer, x, None)
+
+    def encode_knowing(self, quantizer: Any, x: Tensor, known: Tensor | None) -> Buffers:
+        """`encode`, with this rank's amax fp32 () in place of that of x."""
         fmt = fp8_format(quantizer.dtype)
         keeps_buffers = release().current_scaling_buffers
-        if keeps_buffers and quantizer.use_existing_amax:
+        if known is not None:
+            largest = known.reshape(1).clone()
+        elif keeps_buffers and quantizer.use_existing_amax:
             largest = quantizer.amax.detach().clone()
         else:
             largest = amax_of(x).reshape(1)

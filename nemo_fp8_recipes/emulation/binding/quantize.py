@@ -19,11 +19,11 @@ from nemo_fp8_recipes.emulation.binding.checks import not_emulated, nvte_check, 
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.dtypes import element_format, require_high_precision, torch_dtype
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
-from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
+from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4, fuses_amax
 from nemo_fp8_recipes.emulation.binding.overwrite import overwrite
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax_of
 from nemo_fp8_recipes.emulation.binding.releases import release
-from nemo_fp8_recipes.emulation.binding.storage import Layout, adapt, allocate, store
+from nemo_fp8_recipes.emulation.binding.storage import Buffers, Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.swizzle import swizzle_scales_for_gemm_
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.emulation.trace import QuantizeRecord, observers
@@ -34,6 +34,7 @@ __all__ = [
     "create_empty_quantized_tensor",
     "dequantize",
     "is_delayed",
+    "is_mxfp8",
     "layout_of",
     "multi_tensor_quantize",
     "quantize",
@@ -70,6 +71,11 @@ def is_delayed(quantizer: Any) -> bool:
     return type(quantizer) is te_classes().delayed_quantizer
 
 
+def is_mxfp8(quantizer: Any) -> bool:
+    """Whether kernels that compute a tensor quantise it in blocks of MXFP8 too."""
+    return type(quantizer) is te_classes().mxfp8_quantizer
+
+
 def quantize_as(
     x: Tensor,
     quantizer: Any,
@@ -78,6 +84,7 @@ def quantize_as(
     caller: str,
     output: Any = None,
     noop: Tensor | None = None,
+    unrounded: Tensor | None = None,
 ) -> Any:
     """Quantise x into a new tensor of nominal dtype `dtype`, or in place into `output`.
 
@@ -88,6 +95,8 @@ def quantize_as(
         caller: binding function at work, for records and errors.
         output: tensor to write into.
         noop: fp32 flag; where it is 1 nothing is written.
+        unrounded: x before the kernel rounded it, fp32, where the kernel took the amax of that as well: it
+            takes the place of x's own.
     """
     layout = layout_of(quantizer, caller)
     require_high_precision(x)
@@ -108,11 +117,20 @@ def quantize_as(
         )
     if observers():
         _record(x, quantizer, caller)
-    buffers = layout.encode(quantizer, x)
+    buffers = _encode(layout, quantizer, x, unrounded)
     if output is None:
         return layout.wrap(quantizer, buffers, x.shape, dtype, x.device)
     store(layout, quantizer, buffers, output)
     return output
+
+
+def _encode(layout: Layout, quantizer: Any, x: Tensor, unrounded: Tensor | None) -> Buffers:
+    if unrounded is not None:
+        if layout is CURRENT:
+            return CURRENT.encode_knowing(quantizer, x, amax_of(unrounded))
+        if layout is NVFP4 and fuses_amax(quantizer):
+            return NVFP4.encode_knowing(quantizer, x, amax_of(unrounded))
+    return layout.encode(quantizer, x)
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:

@@ -87,13 +87,86 @@ def test_delayed_casts_the_fp32_result(te, tex, hopper):
     assert quantized.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("maker", [tensorwise, mxfp8, blockwise])
+@pytest.mark.parametrize("maker", [mxfp8, blockwise])
 def test_others_quantise_the_rounded_result(te, tex, maker):
     x = torch.randn(32, 64, dtype=torch.bfloat16)
     quantized = tex.srelu(x, maker(te))
     rounded = (F.relu(x.float()) ** 2).to(torch.bfloat16)
     assert torch.equal(quantized.dequantize(), tex.quantize(rounded, maker(te)).dequantize())
     assert tex.srelu(x, None).dtype == torch.bfloat16
+
+
+# The squares of bf16 numbers are exact in fp32 and longer than bf16.
+FUSED = {
+    "srelu": lambda tex, x, dy, quantizer: tex.srelu(x, quantizer),
+    "dsrelu": lambda tex, x, dy, quantizer: tex.dsrelu(dy, x, quantizer),
+    "dbias_dsrelu": lambda tex, x, dy, quantizer: tex.dbias_dsrelu(dy, x, quantizer)[1],
+    "sreglu": lambda tex, x, dy, quantizer: tex.sreglu(torch.cat((x, torch.ones_like(x)), -1), quantizer),
+    "dsreglu": lambda tex, x, dy, quantizer: tex.dsreglu(
+        dy, torch.cat((x, torch.ones_like(x)), -1), quantizer
+    ),
+}
+
+
+def fused_result(name, x, dy):
+    """fp32, as the kernel has it before it rounds."""
+    positive = F.relu(x.float())
+    if name in ("srelu", "sreglu"):
+        return positive**2
+    if name == "dsreglu":
+        return torch.cat((2 * positive * dy.float(), positive**2 * dy.float()), -1)
+    return 2 * positive * dy.float()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_current_scaling_takes_the_amax_before_the_result_is_rounded(te, tex, name):
+    """And the codes from the rounded result: `FUSED_ACTIVATION_AMAX_FP8`, whose kernel keeps both."""
+    x, dy = torch.randn(2, 32, 64).bfloat16()
+    exact = fused_result(name, x, dy)
+    rounded = exact.bfloat16()
+    assert exact.abs().max() != rounded.float().abs().max()
+    quantized = FUSED[name](tex, x, dy, tensorwise(te))
+    scale = np.float32(448.0) / np.float32(exact.abs().max())
+    assert quantized._scale_inv.item() == np.float32(1) / scale
+    np.testing.assert_array_equal(quantized._data.numpy(), oracle.per_tensor(rounded, "e4m3", scale).codes)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_nvfp4_takes_it_likewise_where_its_own_kernel_does_not(te, tex, blackwell, name, hadamard):
+    from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
+
+    x, dy = torch.randn(2, 32, 64).bfloat16()
+    exact = fused_result(name, x, dy)
+    quantizer = NVFP4Quantizer(with_rht=hadamard, with_post_rht_amax=hadamard)
+    quantized = FUSED[name](tex, x, dy, quantizer)
+    largest = exact.bfloat16().float().abs().max() if hadamard else exact.abs().max()
+    assert quantized._amax_rowwise.item() == largest.item()
+    if not hadamard:
+        assert quantized._amax_columnwise.item() == largest.item()
+
+
+@pytest.mark.parametrize(
+    ("maker", "rounds"), [(delayed, False), (mxfp8, False), (tensorwise, True), (blockwise, True)]
+)
+def test_the_bias_gradient_is_the_sum_of_what_the_kernel_has(te, tex, maker, rounds):
+    """Of the fp32 result where one kernel does it all, of the tensor that it wrote otherwise."""
+    x, dy = torch.randn(2, 32, 64).bfloat16()
+    exact = fused_result("dbias_dsrelu", x, dy)
+    summed = (exact.bfloat16().double() if rounds else exact.double()).sum(0)
+    bias_grad, _ = tex.dbias_dsrelu(dy, x, maker(te))
+    assert torch.equal(bias_grad, summed.bfloat16())
+
+
+def test_clamps_drop_nan_as_fminf_and_fmaxf_do(tex):
+    nan = torch.full((1, 32), float("nan"))
+    ones = torch.ones(1, 32)
+    gate = 7.0 * torch.sigmoid(torch.tensor(1.702 * 7.0))
+    torch.testing.assert_close(
+        tex.clamped_swiglu(torch.cat((nan, ones), -1), None), (2.0 * gate).expand(1, 32)
+    )
+    linear = torch.sigmoid(torch.tensor(1.702)) * -6.0
+    torch.testing.assert_close(tex.clamped_swiglu(torch.cat((ones, nan), -1), None), linear.expand(1, 32))
 
 
 def test_relu_drops_nan_as_fmaxf_does(tex):

@@ -231,7 +231,7 @@ void quantize_blocks(Input x, int64_t m, int64_t k, bool square, const Rule& rul
                      const Direction<typename Rule::Kept>& columnwise, int32_t threads) {
   if (!square && !columnwise.codes) {
     parallel(m, threads, [&](int64_t first, int64_t last) {
-      quantize_rows<Block, Out, Rule>(x, k, first, last, m * k > (int64_t(1) << 18), rule, rowwise);
+      quantize_rows<Block, Out, Rule>(x, k, first, last, m * k > kFar, rule, rowwise);
     });
     return;
   }

@@ -13,6 +13,8 @@
 
 namespace fp8 {
 
+constexpr int64_t kFar = 1 << 18;  // elements of a tensor that is too large for the caches of a core
+
 // Work on [first, last), whatever it is: compiled once, however it is called.
 class Work {
  public:

@@ -1,4 +1,4 @@
-// MXFP8 of both directions from one tile of 32 rows, for AVX2; elsewhere it is blocks.hpp's. A scale is a power of
+// MXFP8 of both directions from one tile of 32 rows, for AVX2 and AVX-512; elsewhere it is blocks.hpp's. A scale is a power of
 // two, so a scaled value has another exponent and the same significand: both directions are encoded from the same
 // upper halves of the fp32 numbers by adding to their exponents. Reference: numerics/mxfp8.py.
 #pragma once
@@ -54,6 +54,47 @@ NEMO_FP8_INLINE __m256i encode_halves(__m256i first, __m256i second) {
   return _mm256_packus_epi16(code[0], code[1]);
 }
 
+#ifdef NEMO_FP8_AVX512
+
+// `upper_halves` of 32 numbers: those of `a` in the even lanes.
+NEMO_FP8_INLINE __m512i upper_halves(__m512i a, __m512i b) {
+  constexpr __mmask32 kSecond = 0xaaaaaaaa;
+  const __m512i low = _mm512_mask_blend_epi16(kSecond, a, _mm512_slli_epi32(b, 16));
+  const __m512i high = _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(a, 16), b);
+  return _mm512_or_si512(high, _mm512_min_epu16(low, _mm512_set1_epi16(1)));
+}
+
+// Codes of numbers that become subnormal, where those are larger than `code`.
+template <class Out>
+__attribute__((noinline, cold)) __m512i with_subnormals(__m512i half, __m512i code) {
+  const __m512 least = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal));
+  const __m512 adder = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
+  const auto count = [&](__m512i bits) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_min_ps(_mm512_castsi512_ps(bits), least), adder));
+  };
+  const __m512i positive = _mm512_max_epi16(half, _mm512_setzero_si512());
+  const __m512i even = count(_mm512_slli_epi32(positive, 16));
+  const __m512i odd = count(_mm512_and_si512(positive, _mm512_set1_epi32(int32_t(0xffff0000))));
+  return _mm512_max_epi16(code, _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16)));
+}
+
+// `encode_halves` of 32 magnitudes, a code in each word.
+template <class Out>
+NEMO_FP8_INLINE __m512i encode_half_words(__m512i half) {
+  constexpr int kDrop = Out::kShift - 16;
+  constexpr int16_t kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
+  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(half, kDrop), _mm512_set1_epi16(1));
+  const __m512i nearly = _mm512_add_epi16(half, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+  const __m512i code = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
+  const __m512i above = _mm512_sub_epi16(half, _mm512_set1_epi16(kHalfOfSubnormal + 1));
+  const __mmask32 small = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2));
+  return __builtin_expect(small != 0, 0) ? with_subnormals<Out>(half, code) : code;
+}
+
+#endif
+
 // The largest of each of eight vectors, in their order.
 inline __m256i largest_of_each(const int32_t (&row)[8][8]) {
   const auto load = [&](int i) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(row[i])); };
@@ -83,7 +124,11 @@ struct Mxfp8Tiles {
   alignas(64) int32_t row_max[kBlocks][kBlock], column_max[kWidth];
   alignas(64) uint8_t row_kept[kBlocks][kBlock], column_kept[kWidth];
   alignas(64) int32_t row_shift[kBlocks][kBlock], column_shift[kWidth];
+#ifdef NEMO_FP8_AVX512
+  alignas(64) __m512i halves[kBlock][kBlocks];
+#else
   alignas(64) __m256i halves[kBlock][2 * kBlocks];  // 32 values are two of them
+#endif
   alignas(64) float buffer[kWidth];
 
   void strip(int64_t number) {
@@ -114,29 +159,47 @@ struct Mxfp8Tiles {
 
   void bring(int64_t i0, int64_t j0, int blocks) {
     const Input& x = generic.x;
-    const __m256i magnitude = _mm256_set1_epi32(kMagnitude);
     std::fill(column_max, column_max + kWidth, 0);
     for (int i = 0; i < kBlock; ++i) {
       const int64_t at = (i0 + i) * generic.k + j0;
       // The next tile's part of the row: too short a run for the hardware to see it coming.
       for (int j = 0; j < kWidth; j += 16) x.prefetch(at + kWidth + j);
       const float* values = x.read(at, blocks * kBlock, buffer);
-      for (int b = 0; b < blocks; ++b) {
-        __m256i seen = _mm256_setzero_si256(), bits[kVectors];
-        auto* down = reinterpret_cast<__m256i*>(column_max + b * kBlock);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          bits[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + b * kBlock + v * 8));
-          const __m256i full = _mm256_and_si256(bits[v], magnitude);
-          _mm256_store_si256(down + v, _mm256_max_epi32(_mm256_load_si256(down + v), full));
-          seen = _mm256_max_epi32(seen, full);
-        }
-        _mm256_store_si256(reinterpret_cast<__m256i*>(along[b][i / 8][i % 8]), seen);
-        halves[i][2 * b] = upper_halves(bits[0], bits[1]);
-        halves[i][2 * b + 1] = upper_halves(bits[2], bits[3]);
-      }
+      for (int b = 0; b < blocks; ++b) observe(i, b, values + b * kBlock, column_max + b * kBlock);
     }
   }
+
+#ifdef NEMO_FP8_AVX512
+  // Row i of block b.
+  NEMO_FP8_INLINE void observe(int i, int b, const float* values, int32_t* down) {
+    const __m512i magnitude = _mm512_set1_epi32(kMagnitude);
+    const __m512i first = _mm512_loadu_si512(values), second = _mm512_loadu_si512(values + 16);
+    const __m512i full[2] = {_mm512_and_si512(first, magnitude), _mm512_and_si512(second, magnitude)};
+    _mm512_store_si512(down, _mm512_max_epi32(_mm512_load_si512(down), full[0]));
+    _mm512_store_si512(down + 16, _mm512_max_epi32(_mm512_load_si512(down + 16), full[1]));
+    const __m512i seen = _mm512_max_epi32(full[0], full[1]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(along[b][i / 8][i % 8]),
+                       _mm256_max_epi32(_mm512_castsi512_si256(seen), _mm512_extracti64x4_epi64(seen, 1)));
+    halves[i][b] = upper_halves(first, second);
+  }
+#else
+  // Row i of block b.
+  NEMO_FP8_INLINE void observe(int i, int b, const float* values, int32_t* column) {
+    const __m256i magnitude = _mm256_set1_epi32(kMagnitude);
+    __m256i seen = _mm256_setzero_si256(), bits[kVectors];
+    auto* down = reinterpret_cast<__m256i*>(column);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      bits[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + v * 8));
+      const __m256i full = _mm256_and_si256(bits[v], magnitude);
+      _mm256_store_si256(down + v, _mm256_max_epi32(_mm256_load_si256(down + v), full));
+      seen = _mm256_max_epi32(seen, full);
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(along[b][i / 8][i % 8]), seen);
+    halves[i][2 * b] = upper_halves(bits[0], bits[1]);
+    halves[i][2 * b + 1] = upper_halves(bits[2], bits[3]);
+  }
+#endif
 
   // E8M0 scales and what they add to an upper half, in both halves of a word. False where a number may be infinite,
   // NaN or, scaled, made of a subnormal one.
@@ -176,6 +239,39 @@ struct Mxfp8Tiles {
     }
   }
 
+#ifdef NEMO_FP8_AVX512
+  void encode(int64_t i0, int64_t j0, int blocks) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), sign = _mm512_set1_epi8(char(0x80));
+    __m512i down[kBlocks];
+    for (int b = 0; b < blocks; ++b) {
+      down[b] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_load_si512(column_shift + b * kBlock),
+                                        _mm512_load_si512(column_shift + b * kBlock + 16));
+    }
+    uint8_t *row_codes = generic.rowwise.codes, *column_codes = generic.columnwise.codes;
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t at = (i0 + i) * generic.k + j0;
+      for (int b = 0; b < blocks; b += 2) {
+        const int next = std::min(b + 1, blocks - 1);  // of an odd number the last one twice
+        const __m512i first = halves[i][b], second = halves[i][next];
+        const __m512i signs = _mm512_packs_epi16(first, second);
+        const __m512i bare[2] = {_mm512_and_si512(first, magnitude), _mm512_and_si512(second, magnitude)};
+        const auto write = [&](uint8_t* codes, __m512i add, __m512i add_next) __attribute__((always_inline)) {
+          // Packing saturates: what is below zero has the code 0.
+          const __m512i packed = _mm512_packus_epi16(encode_half_words<Out>(_mm512_add_epi16(bare[0], add)),
+                                                     encode_half_words<Out>(_mm512_add_epi16(bare[1], add_next)));
+          const __m512i bytes = in_order(_mm512_ternarylogic_epi32(packed, signs, sign, 0xf8));  // a | (b & c)
+          if (next > b) {
+            _mm512_storeu_si512(codes + at + b * kBlock, bytes);
+          } else {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at + b * kBlock), _mm512_castsi512_si256(bytes));
+          }
+        };
+        if (row_codes) write(row_codes, _mm512_set1_epi32(row_shift[b][i]), _mm512_set1_epi32(row_shift[next][i]));
+        if (column_codes) write(column_codes, down[b], down[next]);
+      }
+    }
+  }
+#else
   void encode(int64_t i0, int64_t j0, int blocks) {
     const __m256i together = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                               0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -207,6 +303,7 @@ struct Mxfp8Tiles {
       }
     }
   }
+#endif
 };
 
 #endif

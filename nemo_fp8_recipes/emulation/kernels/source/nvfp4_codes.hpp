@@ -55,7 +55,7 @@ template <int Block>
 NEMO_FP8_INLINE void encode_fp4(const float* __restrict x, const float* __restrict multiplier,
                        const uint8_t* __restrict random, int64_t count, uint8_t* __restrict codes) {
   if (!random) {
-    if (Block == 1) {
+    if constexpr (Block == 1) {
       encode_row<E2M1>(x, count, multiplier, codes);
     } else {
       encode_blocks<E2M1, Block>(x, count, multiplier, codes);

@@ -24,20 +24,6 @@ namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2
 
-#ifdef NEMO_FP8_AVX512
-
-// Places of the lower or upper halves of 32 words.
-struct Halves {
-  int16_t place[32];
-};
-constexpr Halves every_other_half(int16_t first) {
-  Halves halves{};
-  for (int16_t i = 0; i < 32; ++i) halves.place[i] = int16_t(2 * i + first);
-  return halves;
-}
-
-#endif
-
 // `Element::encode` of 32 values in four registers, as codes of a byte in order.
 //
 // The rounding is done on the upper halves of the fp32 numbers, whose last bit is set where the lower half is
@@ -96,37 +82,6 @@ NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4], bool& odd) {
   return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(mixed, together), order);
 }
 
-#ifdef NEMO_FP8_AVX512
-
-// FP8 codes of 32 values, in the way of `encode_32` and with all of them in one register. `outside` says whether there
-// are numbers that become subnormal, whose codes are wrong.
-template <class Out>
-NEMO_FP8_INLINE __m256i encode_32_wide(__m512 first, __m512 second, bool& outside) {
-  constexpr int kDrop = Out::kShift - 16;
-  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
-  constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
-  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
-  alignas(64) static constexpr Halves kUpper = every_other_half(1), kLower = every_other_half(0);
-  const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
-  const __m512i low = _mm512_permutex2var_epi16(a, _mm512_load_si512(&kLower), b);
-  const __m512i high = _mm512_permutex2var_epi16(a, _mm512_load_si512(&kUpper), b);
-  const __m512i all = _mm512_or_si512(high, _mm512_min_epu16(low, _mm512_set1_epi16(1)));
-  const __m512i full = _mm512_and_si512(all, _mm512_set1_epi16(0x7fff));
-  const __m512i magnitude = _mm512_min_epi16(full, _mm512_set1_epi16(kMax));
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, kDrop), _mm512_set1_epi16(1));
-  const __m512i nearly = _mm512_add_epi16(magnitude, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
-  const __m512i rounded = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
-  const __m512i code = _mm512_max_epi16(rounded, _mm512_setzero_si512());
-  const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(all, 8), _mm512_set1_epi16(0x80));
-  const __mmask32 nan = _mm512_cmpgt_epi16_mask(full, _mm512_set1_epi16(kInfinity >> 16));
-  const __m512i above = _mm512_sub_epi16(full, _mm512_set1_epi16(kHalfOfSubnormal + 1));
-  outside = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2)) != 0;
-  return _mm512_cvtepi16_epi8(
-      _mm512_mask_mov_epi16(_mm512_or_si512(code, sign), nan, _mm512_set1_epi16(Out::kNanCode)));
-}
-
-#endif
-
 // `encode_32` where some of the numbers become subnormal: rare in FP8, so it is not written out in every loop.
 template <class Out>
 __attribute__((noinline, cold)) __m256i encode_32_with_subnormals(__m256 a, __m256 b, __m256 c, __m256 d) {
@@ -135,36 +90,104 @@ __attribute__((noinline, cold)) __m256i encode_32_with_subnormals(__m256 a, __m2
   return encode_32<Out, true>(value, odd);
 }
 
-// FP8 codes of x[i] * scale_at(i), where `scale_at` gives the factors of eight values; all whole 32s.
-template <class Out, class ScaleAt>
-NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, ScaleAt scale_at, uint8_t* codes) {
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
-      return _mm256_mul_ps(_mm256_loadu_ps(x + at), scale_at(at));
-    };
-    __m256i result;
-    if (Out::kSignShift != 24) {  // FP4 has nothing but subnormal numbers below 1
-      const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
-      bool odd;
-      result = encode_32<Out, true>(value, odd);
-    } else {
-      bool subnormals;
 #ifdef NEMO_FP8_AVX512
-      const auto wide = [&](int64_t at) __attribute__((always_inline)) {
-        const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(scale_at(at)), scale_at(at + 8), 1);
-        return _mm512_mul_ps(_mm512_loadu_ps(x + at), scale);
-      };
-      result = encode_32_wide<Out>(wide(i), wide(i + 16), subnormals);
-#else
-      const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
-      result = encode_32<Out, false>(value, subnormals);
+
+// FP8 codes of 32 values in the way of `encode_32`, a code in each word, those of `first` in the even ones. `special`
+// says whether there are numbers that become subnormal, or NaN, whose codes are wrong.
+template <class Out>
+NEMO_FP8_INLINE __m512i encode_words(__m512 first, __m512 second, bool& special) {
+  constexpr int kDrop = Out::kShift - 16;
+  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
+  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
+  constexpr __mmask32 kSecond = 0xaaaaaaaa;
+  const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  const __m512i high = _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(a, 16), b);
+  const __m512i low = _mm512_mask_blend_epi16(kSecond, a, _mm512_slli_epi32(b, 16));
+  const __m512i odd_low = _mm512_min_epu16(low, _mm512_set1_epi16(1));
+  const __m512i full = _mm512_ternarylogic_epi32(high, odd_low, _mm512_set1_epi16(0x7fff), 0xa8);  // (a | b) & c
+  const __m512i magnitude = _mm512_min_epi16(full, _mm512_set1_epi16(kMax));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, kDrop), _mm512_set1_epi16(1));
+  const __m512i nearly = _mm512_add_epi16(magnitude, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+  const __m512i rounded = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
+  const __m512i code = _mm512_max_epi16(rounded, _mm512_setzero_si512());
+  const __mmask32 nan = _mm512_cmpgt_epi16_mask(full, _mm512_set1_epi16(kInfinity >> 16));
+  const __m512i above = _mm512_sub_epi16(full, _mm512_set1_epi16(kHalfOfSubnormal + 1));
+  const __mmask32 small = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2));
+  special = !_kortestz_mask32_u8(nan, small);
+  const __m512i sign = _mm512_srli_epi16(high, 8);
+  return _mm512_ternarylogic_epi32(code, sign, _mm512_set1_epi16(0x80), 0xf8);  // a | (b & c)
+}
+
+// 64 bytes in the order of their values, packed from two registers with 32 of them each in the way of `encode_words`.
+NEMO_FP8_INLINE __m512i in_order(__m512i packed) {
+  const __m128i by_source = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(across, _mm512_shuffle_epi8(packed, _mm512_broadcast_i32x4(by_source)));
+}
+
 #endif
-      if (__builtin_expect(subnormals, 0)) {
-        result = encode_32_with_subnormals<Out>(scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24));
-      }
-    }
+
+// What values are multiplied with: all with one number, each with its own, or every `Block` of them with one.
+struct OneScale {
+  float scale;
+  NEMO_FP8_INLINE __m256 eight(int64_t) const { return _mm256_set1_ps(scale); }
+#ifdef NEMO_FP8_AVX512
+  NEMO_FP8_INLINE __m512 sixteen(int64_t) const { return _mm512_set1_ps(scale); }
+#endif
+};
+
+struct OwnScales {
+  const float* scale;
+  NEMO_FP8_INLINE __m256 eight(int64_t at) const { return _mm256_loadu_ps(scale + at); }
+#ifdef NEMO_FP8_AVX512
+  NEMO_FP8_INLINE __m512 sixteen(int64_t at) const { return _mm512_loadu_ps(scale + at); }
+#endif
+};
+
+template <int Block>
+struct BlockScales {
+  static_assert(Block % 16 == 0, "sixteen values share a scale");
+  const float* scale;
+  NEMO_FP8_INLINE __m256 eight(int64_t at) const { return _mm256_set1_ps(scale[at / Block]); }
+#ifdef NEMO_FP8_AVX512
+  NEMO_FP8_INLINE __m512 sixteen(int64_t at) const { return _mm512_set1_ps(scale[at / Block]); }
+#endif
+};
+
+// Codes of x[i] times its scale; all whole 32s.
+template <class Out, class Scales>
+NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, const Scales& scales, uint8_t* codes) {
+  constexpr bool kFp8 = Out::kSignShift == 24;
+  int64_t i = 0;
+  const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
+    return _mm256_mul_ps(_mm256_loadu_ps(x + at), scales.eight(at));
+  };
+  const auto with_subnormals = [&](int64_t at) __attribute__((always_inline)) {
+    const __m256i result =
+        encode_32_with_subnormals<Out>(scaled(at), scaled(at + 8), scaled(at + 16), scaled(at + 24));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), result);
+  };
+#ifdef NEMO_FP8_AVX512
+  const auto wide = [&](int64_t at) __attribute__((always_inline)) {
+    return _mm512_mul_ps(_mm512_loadu_ps(x + at), scales.sixteen(at));
+  };
+  for (; kFp8 && i + 64 <= count; i += 64) {
+    bool special[2];
+    const __m512i first = encode_words<Out>(wide(i), wide(i + 16), special[0]);
+    const __m512i second = encode_words<Out>(wide(i + 32), wide(i + 48), special[1]);
+    _mm512_storeu_si512(codes + i, in_order(_mm512_packus_epi16(first, second)));
+    if (__builtin_expect(special[0], 0)) with_subnormals(i);
+    if (__builtin_expect(special[1], 0)) with_subnormals(i + 32);
+  }
+#endif
+  for (; i + 32 <= count; i += 32) {
+    const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
+    // FP8 has few subnormal numbers, FP4 nothing else below 1.
+    bool subnormals = false;
+    const __m256i result = encode_32<Out, !kFp8>(value, subnormals);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), result);
+    if (kFp8 && __builtin_expect(subnormals, 0)) with_subnormals(i);
   }
   return i;
 }
@@ -231,20 +254,126 @@ NEMO_FP8_CALLED inline int32_t largest_magnitude(const float* x, int64_t count) 
   return largest;
 }
 
+#ifdef NEMO_FP8_AVX2
+
+// Raises lanes to the magnitudes of 32 bytes of a tensor, NaN passed over.
+struct LargestFloats {
+  using Value = float;
+  __m256 seen = _mm256_setzero_ps();
+  NEMO_FP8_INLINE void see(const float* x) { seen = larger(_mm256_loadu_ps(x), seen); }
+  int32_t bits() const { return largest_lane(seen); }
+  static int32_t bits(float value) { return magnitude_bits(value); }
+};
+
+template <class To32>
+struct LargestHalves {
+  using Value = uint16_t;
+  __m256i seen = _mm256_setzero_si256();
+  NEMO_FP8_INLINE void see(const uint16_t* x) {
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i full = _mm256_and_si256(value, _mm256_set1_epi16(0x7fff));
+    const __m256i nan = _mm256_cmpgt_epi16(full, _mm256_set1_epi16(To32::kHalfInfinity));
+    seen = _mm256_max_epi16(seen, _mm256_andnot_si256(nan, full));
+  }
+  int32_t bits() const {
+    alignas(32) uint16_t lane[16];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lane), seen);
+    return as_bits(To32::value(*std::max_element(lane, lane + 16)));
+  }
+  static int32_t bits(uint16_t half) { return magnitude_bits(To32::value(half)); }
+};
+
+struct FromBFloat16 {
+  static constexpr int16_t kHalfInfinity = 0x7f80;
+  static float value(uint16_t half) { return as_float(int32_t(half) << 16); }
+};
+
+struct FromFloat16 {
+  static constexpr int16_t kHalfInfinity = 0x7c00;
+  static float value(uint16_t half) { return from_float16(half); }
+};
+
+// Largest magnitude of a piece of a tensor as integer bits, NaN passed over. It is read in four places at once: a core
+// that reads in one waits for the memory at every page.
+template <class Lanes>
+inline int32_t largest_of_streams(const typename Lanes::Value* x, int64_t count) {
+  constexpr int64_t kHalf = 32 / sizeof(*x), kLine = 2 * kHalf, kAhead = 32 * kLine, kStreams = 4;
+  Lanes lanes[kStreams];
+  const int64_t stream = count / (kStreams * kLine) * kLine;
+  for (int64_t i = 0; i < stream; i += kLine) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const auto* line = x + s * stream + i;
+      __builtin_prefetch(line + kAhead);
+      lanes[s].see(line);
+      lanes[s].see(line + kHalf);
+    }
+  }
+  int64_t i = kStreams * stream;
+  for (; i + kHalf <= count; i += kHalf) lanes[0].see(x + i);
+  int32_t largest = 0;
+  for (const Lanes& each : lanes) largest = std::max(largest, each.bits());
+  for (; i < count; ++i) largest = std::max(largest, Lanes::bits(x[i]));
+  return largest;
+}
+
+#endif
+
+// Largest magnitude of `count` values of x from `offset`, as fp32 bits, NaN passed over.
+inline int32_t largest_magnitude(const Input& x, int64_t offset, int64_t count) {
+#ifdef NEMO_FP8_AVX2
+  if (x.type == kFloat32) {
+    return largest_of_streams<LargestFloats>(static_cast<const float*>(x.data) + offset, count);
+  }
+  const auto* halves = static_cast<const uint16_t*>(x.data) + offset;
+  if (x.type == kBFloat16) return largest_of_streams<LargestHalves<FromBFloat16>>(halves, count);
+  return largest_of_streams<LargestHalves<FromFloat16>>(halves, count);
+#else
+  constexpr int64_t kPiece = 2048;
+  alignas(64) float buffer[kPiece];
+  int32_t seen = 0;
+  for (int64_t i = 0; i < count; i += kPiece) {
+    const int64_t length = std::min(kPiece, count - i);
+    seen = std::max(seen, largest_magnitude(x.read(offset + i, length, buffer), length));
+  }
+  return seen;
+#endif
+}
+
 // largest[b] = largest magnitude of x[b * Block] and the Block - 1 values after it; Block is a multiple of 8.
 template <int Block>
 inline void block_maxima(const float* __restrict x, int64_t blocks, int32_t* __restrict largest) {
-  for (int64_t b = 0; b < blocks; ++b, x += Block) {
+  int64_t b = 0;
 #ifdef NEMO_FP8_AVX2
+  const auto lanes = [](const float* block) __attribute__((always_inline)) {
     __m256 seen = _mm256_setzero_ps();
-    for (int t = 0; t < Block; t += 8) seen = larger(_mm256_loadu_ps(x + t), seen);
-    largest[b] = largest_lane(seen);
+#pragma GCC unroll 4
+    for (int t = 0; t < Block; t += 8) seen = larger(_mm256_loadu_ps(block + t), seen);
+    return seen;
+  };
+  for (; b + 8 <= blocks; b += 8, x += 8 * Block) {
+    // Eight at once: halves of two blocks side by side, then their lanes.
+    __m256 pair[4], four[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256 one = lanes(x + i * Block), other = lanes(x + (i + 4) * Block);
+      pair[i] = _mm256_max_ps(_mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      four[i] = _mm256_max_ps(_mm256_unpacklo_ps(pair[i], pair[i + 2]), _mm256_unpackhi_ps(pair[i], pair[i + 2]));
+    }
+    const __m256 all = _mm256_max_ps(_mm256_unpacklo_ps(four[0], four[1]), _mm256_unpackhi_ps(four[0], four[1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(largest + b), _mm256_castps_si256(all));
+  }
+  for (; b < blocks; ++b, x += Block) largest[b] = largest_lane(lanes(x));
 #else
+  for (; b < blocks; ++b, x += Block) {
     int32_t magnitude = 0;
     for (int t = 0; t < Block; ++t) magnitude = std::max(magnitude, magnitude_bits(x[t]));
     largest[b] = magnitude;
-#endif
   }
+#endif
 }
 
 // Raises `down[i]` to the magnitude of x[i], and gives the largest magnitude of each `Block` values. `count` is a
@@ -284,8 +413,7 @@ template <class Out>
 NEMO_FP8_CALLED void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
-  const __m256 factor = _mm256_set1_ps(scale);
-  i = encode_whole<Out>(x, count, [&](int64_t) { return factor; }, codes);
+  i = encode_whole<Out>(x, count, OneScale{scale}, codes);
 #endif
   if (i < count) encode_rest<Out>(x, i, count, &scale, 63, codes);
 }
@@ -296,7 +424,7 @@ NEMO_FP8_CALLED void encode_row(const float* __restrict x, int64_t count, const 
                        uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
-  i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_loadu_ps(scale + at); }, codes);
+  i = encode_whole<Out>(x, count, OwnScales{scale}, codes);
 #endif
   if (i < count) encode_rest<Out>(x, i, count, scale, 0, codes);
 }
@@ -307,7 +435,7 @@ NEMO_FP8_CALLED void encode_blocks(const float* __restrict x, int64_t count, con
                           uint8_t* __restrict codes) {
   int64_t i = 0;
 #ifdef NEMO_FP8_AVX2
-  i = encode_whole<Out>(x, count, [&](int64_t at) { return _mm256_set1_ps(scale[at / Block]); }, codes);
+  i = encode_whole<Out>(x, count, BlockScales<Block>{scale}, codes);
 #endif
   if (i < count) encode_rest<Out>(x, i, count, scale, __builtin_ctz(Block), codes);
 }

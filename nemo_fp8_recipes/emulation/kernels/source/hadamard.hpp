@@ -22,7 +22,7 @@ NEMO_FP8_INLINE void butterflies(Floats (&row)[kHadamard]) {
   }
 }
 
-// Eight columns of sixteen rows: their signs changed where `signs` has a bit, transformed, not rounded.
+// A vector's columns of sixteen rows: their signs changed where `signs` has a bit, transformed, not rounded.
 NEMO_FP8_INLINE void hadamard(Floats (&row)[kHadamard], int32_t signs) {
 #pragma GCC unroll 16
   for (int r = 0; r < kHadamard; ++r) row[r] *= signs >> r & 1 ? -0.25f : 0.25f;

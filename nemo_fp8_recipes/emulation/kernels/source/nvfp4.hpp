@@ -20,7 +20,7 @@ inline float nvfp4_global_scale(float amax) {
   return amax == 0.0f || scale == 0.0f ? 1.0f : scale;
 }
 
-// E4M3 scales of eight blocks and what their values are multiplied with. `divided`: as Transformer Engine found
+// E4M3 scales of a vector of blocks and what their values are multiplied with. `divided`: as Transformer Engine found
 // them up to 2.13.
 inline Ints nvfp4_scales(Floats encode_scale, Floats amax, bool divided, Floats& multiplier) {
   const Ints code = encode<E4M3>(divided ? amax / 6.0f * encode_scale : amax * (encode_scale * kSixth));
@@ -248,7 +248,7 @@ inline void decode_nvfp4(const uint8_t* packed, int64_t m, int64_t k, const uint
     };
 #endif
     for (int64_t i = first; i < last; ++i) {
-      alignas(32) float scale_of[kLanes];
+      alignas(64) float scale_of[kLanes];
       for (int64_t b = 0; b < k / 16; ++b) {
         if (b % kLanes == 0) {
           Ints code{};

@@ -47,6 +47,30 @@ NEMO_FP8_INLINE __m256i encode_stochastically(__m256 value, __m256i random) {
   return _mm256_blendv_epi8(_mm256_or_si256(code, sign), _mm256_set1_epi32(7), is_nan);
 }
 
+#ifdef NEMO_FP8_AVX512
+
+// The same of sixteen values, a code in each byte.
+NEMO_FP8_INLINE __m128i encode_stochastically(__m512 value, __m512i random) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i full = _mm512_and_si512(bits, _mm512_set1_epi32(kMagnitude));
+  const __m512i one = _mm512_set1_epi32(power_bits(0)), exponent = _mm512_set1_epi32(kInfinity);
+  const __m512i within = _mm512_min_epi32(_mm512_max_epi32(full, one), _mm512_set1_epi32(power_bits(2)));
+  const __m512 binade = _mm512_castsi512_ps(_mm512_and_si512(within, exponent));
+  const __m512 share = _mm512_mul_ps(_mm512_cvtepi32_ps(random), _mm512_set1_ps(1.0f / 512.0f));
+  const __m512 jittered = _mm512_add_ps(_mm512_mul_ps(share, binade), _mm512_castsi512_ps(full));
+  const __m512 saturated = _mm512_min_ps(jittered, _mm512_set1_ps(6.0f));
+  const __m512i reached = _mm512_and_si512(_mm512_max_epi32(_mm512_castps_si512(saturated), one), exponent);
+  const __m512 steps = _mm512_castsi512_ps(_mm512_sub_epi32(exponent, reached));
+  const __m512i whole = _mm512_cvttps_epi32(_mm512_mul_ps(saturated, steps));
+  const __m512i code = _mm512_add_epi32(whole, _mm512_srli_epi32(_mm512_sub_epi32(reached, one), 22));
+  const __m512i sign = _mm512_srli_epi32(bits, 28);
+  const __m512i both = _mm512_ternarylogic_epi32(code, sign, _mm512_set1_epi32(8), 0xf8);  // a | (b & c)
+  const __mmask16 nan = _mm512_cmpgt_epi32_mask(full, exponent);
+  return _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(both, nan, _mm512_set1_epi32(7)));
+}
+
+#endif
+
 #endif
 
 // Codes of `count` values (a multiple of 16), a byte each: every `Block` of them have one multiplier, 16 along rows
@@ -63,7 +87,15 @@ NEMO_FP8_INLINE void encode_fp4(const float* __restrict x, const float* __restri
     return;
   }
   int64_t i = 0;
-#ifdef NEMO_FP8_AVX2
+#ifdef NEMO_FP8_AVX512
+  for (; i + 16 <= count; i += 16) {
+    const __m512 scale = Block == 1 ? _mm512_loadu_ps(multiplier + i) : _mm512_set1_ps(multiplier[i / Block]);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(random + i));
+    const __m128i sixteen =
+        encode_stochastically(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_cvtepu8_epi32(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), sixteen);
+  }
+#elif defined(NEMO_FP8_AVX2)
   const auto lanes = [&](int64_t at) __attribute__((always_inline)) {
     const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x + at), Block == 1 ? _mm256_loadu_ps(multiplier + at) : _mm256_set1_ps(multiplier[at / Block]));
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(random + at));

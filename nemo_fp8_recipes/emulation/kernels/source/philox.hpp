@@ -9,13 +9,13 @@ namespace fp8 {
 
 constexpr int kCounters = 2 * kLanes;  // made at once: one vector alone would wait for its own products
 
-// The four words of each of sixteen counters under one key: word[w][c] is word w of counter c. The upper half of
+// The four words of each of `kCounters` counters under one key: word[w][c] is word w of counter c. The upper half of
 // the 128-bit counters is zero.
 inline void philox(const uint64_t (&counter)[kCounters], uint64_t key, uint32_t (&word)[4][kCounters]) {
   constexpr uint32_t kMultiplier[2] = {0xd2511f53u, 0xcd9e8d57u}, kStep[2] = {0x9e3779b9u, 0xbb67ae85u};
   Words state[2][4];
   for (int half = 0; half < 2; ++half) {
-    alignas(32) uint32_t low[kLanes], high[kLanes];
+    alignas(64) uint32_t low[kLanes], high[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       low[lane] = uint32_t(counter[half * kLanes + lane]), high[lane] = uint32_t(counter[half * kLanes + lane] >> 32);
     }

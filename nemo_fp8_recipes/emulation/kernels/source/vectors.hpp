@@ -1,15 +1,19 @@
-// Eight 32-bit values side by side, in the vector types that GCC and Clang have for every machine.
+// 32-bit values side by side, as many as a register holds, in the vector types that GCC and Clang have for every machine.
 #pragma once
 
 #include "rows.hpp"
 
 namespace fp8 {
 
+#ifdef NEMO_FP8_AVX512
+constexpr int kLanes = 16;
+#else
 constexpr int kLanes = 8;
-using Floats = float __attribute__((vector_size(32)));
-using Ints = int32_t __attribute__((vector_size(32)));
-using Bytes = uint8_t __attribute__((vector_size(8)));
-using Words = uint32_t __attribute__((vector_size(32)));
+#endif
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 template <class Vector, class Value>
 inline Vector load_lanes(const Value* from) {
@@ -24,7 +28,7 @@ inline void store_lanes(const Vector& lanes, Value* to) {
 }
 
 inline Floats load_bfloat16(const uint16_t* from) {
-  alignas(32) int32_t bits[kLanes];
+  alignas(64) int32_t bits[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) bits[lane] = int32_t(from[lane]) << 16;
   return load_lanes<Floats>(bits);
 }
@@ -55,7 +59,12 @@ inline Floats round_to_bfloat16(Floats value) {
 
 // Halves of the 64-bit products with a factor of 32 bits.
 inline void multiply(Words a, uint32_t factor, Words& low, Words& high) {
-#ifdef NEMO_FP8_AVX2
+#ifdef NEMO_FP8_AVX512
+  const __m512i all = __m512i(a), by = _mm512_set1_epi32(int32_t(factor));
+  const __m512i even = _mm512_mul_epu32(all, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(all, 32), by);
+  low = Words(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+  high = Words(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#elif defined(NEMO_FP8_AVX2)
   const __m256i all = __m256i(a), by = _mm256_set1_epi32(int32_t(factor));
   const __m256i even = _mm256_mul_epu32(all, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(all, 32), by);
   low = Words(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));

@@ -20,6 +20,7 @@ the Hadamard transform, gives a block with a NaN the scale NaN.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,9 @@ _ROWWISE: BlockShape = (1, BLOCK)
 _SQUARE: BlockShape = (BLOCK, BLOCK)
 
 
+@lru_cache(maxsize=32)
 def _fp32(value: float) -> float:
+    """`value` rounded to fp32."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 

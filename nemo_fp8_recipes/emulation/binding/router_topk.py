@@ -3,8 +3,9 @@
 Follows `naive_topk_and_mask` and `radix_topk_and_mask` in `common/fused_router/utils.h` of Transformer
 Engine. A warp of 32 lanes looks at a row: lane i at columns i, i + 32, … The naive search finds one largest
 score after the other; of equal ones it takes that whose lane comes first with its bits reversed, as the
-halves of the warp are compared. The radix search, of 16 and more, takes of equal ones the first columns, and
-tells the columns in ascending order: those above the smallest score taken, then those equal to it.
+halves of the warp are compared. The radix search, of 16 and more, compares bits and takes of equal ones the
+first columns; it tells the columns in ascending order, those above the smallest score taken, then those equal
+to it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,19 @@ def topk(scores: Tensor, count: int, *, radix_for: int, experts: int) -> Tensor:
 
 
 def _by_radix(scores: Tensor, count: int) -> Tensor:
-    ranked = torch.sort(scores, dim=1, descending=True, stable=True)
+    keys = _ordered(scores)
+    ranked = torch.sort(keys, dim=1, descending=True, stable=True)
     chosen = ranked.indices[:, :count]
     smallest = ranked.values[:, count - 1 : count]
-    equal = scores.gather(1, chosen) == smallest
+    equal = keys.gather(1, chosen) == smallest
     # Ascending columns, those equal to the smallest behind the others.
     return chosen.gather(1, torch.argsort(chosen + equal * scores.shape[1], dim=1))
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """int32 in the order of the scores' bits: as of the numbers, with -0 below 0 and NaN at the ends."""
+    bits = scores.contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _preference(columns: int) -> Tensor:

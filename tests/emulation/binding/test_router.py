@@ -191,3 +191,14 @@ def test_a_routing_map_of_no_known_format_is_refused(tex):
         tex.fused_topk_with_score_function_fwd(logits, 2, False, None, None, None, "sigmoid", None, 2)
     with pytest.raises(RuntimeError, match=r"BYTEMAP \(0\) or BITMAP_U8 \(1\), got 2"):
         tex.fused_score_for_moe_aux_loss_fwd(logits, 2, "softmax", 2)
+
+
+@since("2.17")
+def test_the_radix_search_puts_zero_above_negative_zero(tex):
+    """It compares bits, and 16 of 32 experts are its work; the naive search would see ties."""
+    logits = torch.zeros(2, 32)
+    logits[:, :16] = -0.0
+    _, routing_map, _ = tex.fused_topk_with_score_function_fwd(
+        logits, 16, False, None, None, None, "softmax", None
+    )
+    assert torch.equal(routing_map, (torch.arange(32) >= 16).expand(2, 32))

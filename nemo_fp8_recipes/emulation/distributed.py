@@ -76,8 +76,8 @@ _ALL_GATHERS = ("all_gather_into_tensor", "all_gather_single", "_all_gather_base
 
 def _without_autograd(gather: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(gather)
-    def detached(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return gather(output_tensor.detach(), *args, **kwargs)
+    def detached(output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return gather(output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
 
     return detached
 

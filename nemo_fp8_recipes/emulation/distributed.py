@@ -55,12 +55,13 @@ def apply(ledger: PatchLedger) -> None:
 
     for name, function in (
         ("init_process_group", redirected_init),
-        ("is_nccl_available", is_nccl_available),
         ("new_group", redirected_new_group),
         ("barrier", redirected_barrier),
     ):
         ledger.set(dist, name, function, reason)
         ledger.set(c10d, name, function, reason)
+    # Not torch's own name for it, in `distributed_c10d`: it looks for NCCL's classes after asking.
+    ledger.set(dist, "is_nccl_available", is_nccl_available, reason)
     for name in _ALL_GATHERS:
         if hasattr(dist, name):
             gather = _without_autograd(getattr(dist, name))

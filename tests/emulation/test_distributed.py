@@ -7,6 +7,22 @@ from pathlib import Path
 from tests.support.processes import run_emulated
 
 
+def test_nccl_is_there_by_name_and_torch_does_not_look_for_its_classes(tmp_path: Path) -> None:
+    seen = run_emulated(
+        f"""
+        import datetime
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+        assert dist.is_nccl_available()
+        dist.init_process_group("nccl", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
+        _set_pg_timeout(datetime.timedelta(seconds=60), None)  # Megatron, once a job has begun
+        dist.destroy_process_group()
+        result(True)
+        """
+    )
+    assert seen is True
+
+
 def test_an_all_gather_takes_buffers_that_autograd_knows(tmp_path: Path) -> None:
     """A buffer that a parameter was copied to requires a gradient. NCCL writes to its memory all the same."""
     seen = run_emulated(

@@ -350,7 +350,3 @@ def test_a_node_has_a_device_for_every_process_that_torchrun_started(on_this_nod
         env={"LOCAL_WORLD_SIZE": on_this_node},
     )
     assert seen == [count, 0]  # of its own it has one
-
-
-def test_nccl_is_there_by_name() -> None:
-    assert torch.distributed.is_nccl_available()  # what asks for it gets gloo

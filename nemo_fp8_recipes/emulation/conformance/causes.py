@@ -10,7 +10,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"fused_attn|FusedAttention|flash.?attn|FlashAttention", "fused attention"),
     (r"CUDAGraph|cuda graph|graph_pool|make_graphed|is_current_stream_capturing", "CUDA graphs"),
     (r"[Uu]serbuffers|comm_overlap|communication overlap|ubuf", "userbuffers"),
-    (r"NCCL|nccl|device_count|multi.?GPU", "several real GPUs"),
+    (r"NCCL error|nccl[A-Z]|device_count|multi.?GPU", "several real GPUs"),
     (
         r"transformer_engine_torch\.(\S+) is not emulated on a machine without a GPU",
         r"compiled-only kernel: \1",

@@ -196,7 +196,8 @@ def read(
     for name, field in fields.items():
         if name not in arguments and _default(field) is dataclasses.MISSING:
             full = f"{key}.{name}" if key else name
-            raise error(f"{full} needs a value.", key=full, allowed=[type_name(types_of[name])])
+            allowed = None if types_of[name] is Any else [type_name(types_of[name])]
+            raise error(f"{full} needs a value.", key=full, allowed=allowed)
     return cls(**arguments)
 
 

@@ -134,7 +134,9 @@ def _read(path: Path) -> Manifest:
                 hint="A run writes it after its first step; give the run directory that `nemo-fp8 train` "
                 "printed.",
             ) from error
-        raise ReportError(f"There is no {path}.", value=str(path)) from error
+        raise ReportError(
+            f"There is no {path}.", value=str(path), hint="nemo-fp8 runs lists the runs that there are."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{file} cannot be read: {error}.", value=str(file)) from error
     try:

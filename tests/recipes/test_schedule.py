@@ -100,7 +100,7 @@ def test_it_composes_and_is_checked_with_the_configuration():
     for wrong, key in (
         ("recipe_schedule=[{recipe: bf16, until: 5}]", "until"),
         ("recipe_schedule=[{recipe: bf16, to_step: 5.5}]", "to_step"),
-        ("recipe_schedule=[{to_step: 5}]", "recipe"),
+        ("recipe_schedule=[{to_step: 5}]", r"recipe_schedule\[0\]\.recipe needs a value\.$"),
         ("recipe_schedule=bf16", "recipe_schedule"),
         ("recipe_schedule=[{recipe: bf16, to_step: 1000}]", "recipe_schedule"),
     ):

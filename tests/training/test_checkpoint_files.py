@@ -122,3 +122,21 @@ def test_torchs_opposite_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(safe_load.FORCE_UNRESTRICTED, "1")
     with pytest.raises(CheckpointError, match="lets checkpoints run code"), safe_load.weights_only():
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"schema_version": 1, "st', "complete.json is no JSON object"),
+        ("\x00\xff", "complete.json is no JSON object"),
+        ("[]", "complete.json is no JSON object"),
+        ("{}", "complete.json has no schema_version"),
+        ('{"schema_version": 1, "step": 2, "job": {}, "versions": {}}', "complete.json has no files"),
+        ('{"schema_version": 1, "step": 2, "job": {}, "versions": {}, "files": []}', "has no files"),
+    ],
+)
+def test_a_damaged_marker_says_what_to_do(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "complete.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"is corrupt: .*Delete that directory") as caught:
+        checkpoints.read_marker(tmp_path)
+    assert said in str(caught.value)

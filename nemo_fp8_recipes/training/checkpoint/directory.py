@@ -112,13 +112,30 @@ def read_marker(directory: Path) -> CompleteMarker:
             raise CheckpointError(
                 f"{file} is of schema version {record['schema_version']}.", allowed=[SCHEMA_VERSION]
             )
-        return CompleteMarker(record["step"], record["job"], record["versions"], record["files"])
+        marker = CompleteMarker(record["step"], record["job"], record["versions"], record["files"])
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} is not a complete checkpoint: its save did not end.", value=str(directory)
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"Cannot read {file}: {error}.", value=str(directory)) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {file}: {error.strerror or error}.", value=str(directory)
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        missing = f"has no {error.args[0]}" if isinstance(error, KeyError) else "is no JSON object"
+        raise _corrupt(directory, f"{MARKER} {missing}") from error
+    for key, kind in {"step": int, "job": dict, "versions": dict, "files": dict}.items():
+        if type(record[key]) is not kind:
+            raise _corrupt(directory, f"{MARKER} has no {key}")
+    return marker
+
+
+def _corrupt(directory: Path, damage: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint {directory} is corrupt: {damage}.",
+        value=str(directory),
+        hint="Delete that directory to go on from the checkpoint before it.",
+    )
 
 
 def find_damage(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -140,11 +157,7 @@ def find_damage(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> s
 def require_intact(directory: Path, damage: Sequence[str]) -> None:
     """Raise `CheckpointError` when `find_damage` found any on some rank."""
     if damage:
-        raise CheckpointError(
-            f"The checkpoint {directory} is corrupt: {damage[0]}.",
-            value=str(directory),
-            hint="Delete that directory to go on from the checkpoint before it.",
-        )
+        raise _corrupt(directory, damage[0])
 
 
 def require_same_job(directory: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -69,8 +69,13 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[Recorded]]:
     try:
         archive = np.load(path, allow_pickle=False)
         about = json.loads(bytes(archive["about"]))
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise ReportError(f"{path} is not a file of golden vectors: {error}.", value=str(path)) from error
+        about.get("schema_version")
+    except (OSError, ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy's own words propose to unpickle it.
+        why = (
+            error.strerror if isinstance(error, OSError) else None
+        ) or "it is no archive that --export wrote"
+        raise ReportError(f"{path} is not a file of golden vectors: {why}.", value=str(path)) from error
     if about.get("schema_version") != SCHEMA_VERSION:
         raise ReportError(
             f"{path} is not of schema version {SCHEMA_VERSION}.", value=str(path), allowed=[SCHEMA_VERSION]

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,7 +130,7 @@ def test_a_wrong_amax_update_is_found() -> None:
         (["--recipe", "mxfp9"], "Did you mean mxfp8"),
         (["--exprot", "f"], "Did you mean"),
         (["--export", "/nonexistent/f.npz"], "no directory /nonexistent"),
-        (["--check", "/nonexistent.npz"], "not a file of golden vectors"),
+        (["--check", "/nonexistent.npz"], "not a file of golden vectors: No such file or directory.\n"),
         (["fp8_recipe=mxfp8"], "takes no argument"),
         (["--check", "f.npz", "--recipe", "mxfp8"], "takes no --recipe"),
         (["--check", "f.npz", "--export", "g.npz"], "takes no --export"),
@@ -153,6 +154,13 @@ def test_files_in_which_nothing_can_be_compared_are_refused(
     cut.write_bytes(empty.read_bytes()[:-40])
     assert cli.main(["selftest", "--check", str(cut)]) == 2
     assert "not a file of golden vectors" in capsys.readouterr().err
+    for content in (b"", b"text", np.arange(3).tobytes()):
+        cut.write_bytes(content)
+        assert cli.main(["selftest", "--check", str(cut)]) == 2
+        assert capsys.readouterr().err.endswith("vectors: it is no archive that --export wrote.\n")
+    np.savez(cut, about=np.frombuffer(b"[1]", dtype=np.uint8))
+    assert cli.main(["selftest", "--check", str(cut)]) == 2
+    assert "it is no archive that --export wrote" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so_and_exits_3() -> None:

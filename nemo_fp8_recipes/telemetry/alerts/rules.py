@@ -29,6 +29,13 @@ _E8M0_ENDS = (2.0**-126, 2.0**127)
 """Code 0 stands for blocks of zeros in the statistics, so 2^-126 is the smallest scale that counts."""
 
 
+_AXES = 256
+"""Positions of windows that are kept."""
+
+_SLACK = 1e-6
+"""Of a growth in log2, far above what rounding does to it."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a rule found in a step. Both arrays have one entry an operand.
@@ -55,7 +62,7 @@ class RuleCheck:
         without: what to do when none of them is logged.
         reads_tensors: they are of the tier that reads the tensors again.
         quiet: statistic -> the range, both ends included, within which it violates nothing. A step all of
-            whose values lie within need not be checked. None: only `check` can tell.
+            whose values lie within need not be checked, unless `sees` something. None: only `check` can tell.
     """
 
     stats: tuple[str, ...] = ()
@@ -71,6 +78,16 @@ class RuleCheck:
         """Whether the step has what the rule needs."""
         return any(columns.has(stat) for stat in self.stats)
 
+    def ranges(self, columns: Columns) -> Mapping[str, tuple[float, float]] | None:
+        """`quiet`, for steps with these statistics."""
+        del columns  # for those that need more than one
+        return self.quiet
+
+    def sees(self, columns: Columns) -> bool:
+        """Whether there is something beside the numbers that `check` should look at."""
+        del columns  # for those that look at windows
+        return False
+
     def forget(self) -> None:
         """Training goes on from an earlier step."""
 
@@ -85,6 +102,14 @@ class Saturation(RuleCheck):
 
     def __init__(self, rule: ThresholdRule) -> None:
         self.limit = rule.limit
+
+    def ranges(self, columns: Columns) -> Mapping[str, tuple[float, float]] | None:
+        """Where every operand has its headroom, that alone tells."""
+        delayed = columns.table.of_recipe("delayed") & columns.present("scale_next")
+        if (delayed & ~columns.present("headroom")).any():
+            return None
+        least = 1 / (self.limit * min(ROUNDS_TO_MAX.values()))
+        return {"headroom": (np.nextafter(np.float32(least), np.float32(np.inf)), np.inf)}
 
     def check(self, columns: Columns) -> Finding:
         delayed = columns.table.of_recipe("delayed")
@@ -104,6 +129,10 @@ class HistoryFrozen(RuleCheck):
     """
 
     stats = ("scale_next",)
+    quiet = MappingProxyType({"amax": (-_FLT_MAX, _FLT_MAX)})
+
+    def sees(self, columns: Columns) -> bool:
+        return bool(columns.frozen()[0])
 
     def check(self, columns: Columns) -> Finding:
         amax = columns.get("amax")
@@ -217,6 +246,7 @@ class AmaxGrowth(RuleCheck):
         self._steps = [0] * self._rule.window
         self._logs = np.zeros((self._rule.window, 0))
         self._seen = 0
+        self._axes: dict[tuple[int, ...], tuple[np.ndarray, float, float]] = {}
 
     def check(self, columns: Columns) -> Finding:
         amax, size, window = columns.amax(), len(columns.table), self._rule.window
@@ -224,37 +254,39 @@ class AmaxGrowth(RuleCheck):
             missing = np.full((window, size - self._logs.shape[1]), np.nan)
             self._logs = np.concatenate([self._logs, missing], axis=1)
         row = self._seen % window
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log2(amax)
-        logs[~np.isfinite(logs)] = np.nan  # of zeros, Inf and what is absent
-        self._logs[row] = logs
         self._steps[row] = columns.step
         self._seen += 1
-        none = Finding(np.zeros(size, dtype=bool), np.full(size, np.nan), window=window)
-        if self._seen < window:
-            return none
-        y = self._logs
-        if not (y.max(axis=0) - y.min(axis=0) >= self._least_difference()).any():
-            return none
-        x = np.asarray(self._steps, dtype=np.float64)
-        length, x = x.max() - x.min(), x - x.mean()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.log2(amax, out=self._logs[row])
+            x, length, squares = self._axis(columns.step)
+            # The slope of the line alone rules out most steps. It is summed in another order than below,
+            # hence the slack. Where a value is no number, it is none or not finite.
+            steep = x @ self._logs > (math.log2(self.limit) - _SLACK) * squares / length
+        if self._seen < window or not steep.any():
+            return Finding(np.zeros(size, dtype=bool), np.full(size, np.nan), window=window)
+        y = np.where(np.isfinite(self._logs), self._logs, np.nan)  # of zeros, Inf and what is absent
         deviation = y - y.mean(axis=0)
-        slope = x @ deviation / (x @ x)
+        slope = x @ deviation / squares
         spread = (deviation**2).sum(axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            r_squared = slope**2 * (x @ x) / spread
+            r_squared = slope**2 * squares / spread
             growth = np.exp2(slope * length)
             violated = (growth > self.limit) & (r_squared >= self._rule.steadiness)
         return Finding(violated, growth, window=window)
 
-    def _least_difference(self) -> float:
-        """Between the values of an operand in log2, where a line through them may rise above the limit. It
-        rises by the most where half of them are at the one end of their range and half at the other.
+    def _axis(self, step: int) -> tuple[np.ndarray, float, float]:
+        """Steps of the window less their mean; from its first to its last; sum of their squares. The same
+        every time that the window's beginning comes round, where the steps between are alike.
         """
-        mean = sum(self._steps) / len(self._steps)
-        distances = [abs(step - mean) for step in self._steps]
-        steepest = sum(distances) / 2 * (max(self._steps) - min(self._steps))
-        return math.log2(self.limit) * sum(one * one for one in distances) / steepest
+        key = tuple(step - one for one in self._steps)
+        known = self._axes.get(key)
+        if known is None:
+            if len(self._axes) >= _AXES:
+                self._axes.clear()
+            x = np.asarray(self._steps, dtype=np.float64)
+            length, x = float(x.max() - x.min()), x - x.mean()
+            known = self._axes[key] = (x, max(length, 1.0), max(float(x @ x), 1.0))
+        return known
 
 
 class RanksDisagree(RuleCheck):

@@ -35,10 +35,12 @@ class _Due(NamedTuple):
 
     Attributes:
         rules: those that have what they need.
+        quiet: those of them that violate nothing where all values are in range.
         least, most: float64 (series,), the range in which a value violates none of those that say so.
     """
 
     rules: tuple[str, ...]
+    quiet: frozenset[str]
     least: np.ndarray
     most: np.ndarray
 
@@ -81,7 +83,7 @@ class Watch:
             check = self._checks[name]
             # A step without the rule's statistics says nothing about whether a tensor keeps it.
             self._looks[name] += 1
-            if calm and check.quiet is not None:
+            if calm and name in due.quiet and not check.sees(columns):
                 continue
             finding = check.check(columns)
             new = self._new(name, finding.violated)
@@ -101,15 +103,16 @@ class Watch:
         rules = tuple(name for name, check in self._checks.items() if check.applies(columns))
         self._waiting.difference_update(rules)
         least, most = np.full(len(series), -np.inf), np.full(len(series), np.inf)
-        ranges = [self._checks[name].quiet or {} for name in rules]
+        found = {name: self._checks[name].ranges(columns) for name in rules}
+        ranges = {name: quiet for name, quiet in found.items() if quiet is not None}
         for place, one in enumerate(series):
-            for quiet in ranges:
+            for quiet in ranges.values():
                 if one.stat in quiet:
                     low, high = quiet[one.stat]
                     least[place], most[place] = max(least[place], low), min(most[place], high)
         if len(self._known) >= _KEPT:
             self._known.clear()
-        due = _Due(rules, least, most)
+        due = _Due(rules, frozenset(ranges), least, most)
         self._known[id(series)] = (series, due)
         return due
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from nemo_fp8_recipes.telemetry.alerts.columns import OperandTable
+from nemo_fp8_recipes.telemetry.alerts.rules import AmaxGrowth
+from nemo_fp8_recipes.telemetry.alerts.schema import default_alerts
 from nemo_fp8_recipes.telemetry.alerts.watch import Watch
+from nemo_fp8_recipes.telemetry.rows import Rows
+from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from tests.telemetry.alerts.series import MODULE, alerts, only, steps
 
 INF, NAN = math.inf, math.nan
@@ -247,3 +253,79 @@ def test_a_rule_on_a_statistic_that_is_never_logged_says_so(caplog: pytest.LogCa
     rules = only("", custom={"mine": {"stat": "amaxx", "above": 1.0, "message": "-"}})
     alerts(steps({"amax": [1.0] * 25}), rules)
     assert "Alert rule mine sees nothing. No statistic 'amaxx' was logged" in caplog.text
+
+
+def growth_by_definition(steps: np.ndarray, amax: np.ndarray, limit: float, steadiness: float) -> bool:
+    """Whether log2(amax) is a rising straight line, fitted by numpy."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y = np.log2(amax.astype(np.float64))
+    if not np.isfinite(y).all():
+        return False
+    slope, _ = np.polyfit(steps, y, 1)
+    r_squared = np.corrcoef(steps, y)[0, 1] ** 2 if y.std() else 0.0
+    return bool(2.0 ** (slope * (steps[-1] - steps[0])) > limit and r_squared >= steadiness)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_growth_is_that_of_a_fitted_line_whatever_the_steps_between(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    operands, count, window = 5, 60, 10
+    steps = np.cumsum(generator.integers(1, 4 if seed % 2 else 2, count))
+    slopes = np.repeat(generator.uniform(-0.1, 0.9, (operands, 1)), count, axis=1)
+    amax = np.exp2(np.cumsum(slopes + generator.normal(0, 0.15, slopes.shape), axis=1) - 10).astype(
+        np.float32
+    )
+    amax[generator.random(amax.shape) < 0.005] = generator.choice([0.0, np.inf, np.nan])
+    names = tuple(Series(f"m{row}", "input", "amax", "delayed", "e4m3") for row in range(operands))
+    rule = AmaxGrowth(default_alerts().amax_growth)
+    table, found = OperandTable(), []
+    for index in range(count):
+        columns = table.columns(StepValues(int(steps[index]), names, amax[:, index]))
+        violated = rule.check(columns).violated
+        begin = index + 1 - window
+        for row in range(operands):
+            expected = begin >= 0 and growth_by_definition(
+                steps[begin : index + 1], amax[row, begin : index + 1], rule.limit, 0.9
+            )
+            assert bool(violated[row]) == expected, (row, index)
+            found.append(expected)
+    assert 0 < sum(found) < len(found)
+
+
+def rows(matrix: list[list[float]]) -> Rows[Series]:
+    names = tuple(Series(f"m{row}", "input", "amax_history", "delayed", "e4m3") for row in range(len(matrix)))
+    return Rows(names, np.float32(matrix))
+
+
+@pytest.mark.parametrize(
+    ("window", "frozen"),
+    [
+        ([[1, 2], [3, np.inf]], ["m1"]),
+        ([[1, 2], [3, 4]], []),
+        ([[np.nan, 2], [3, 4]], []),
+        ([[np.nan, np.inf], [3, np.nan]], ["m0"]),
+        ([[1, -np.inf], [3, 4]], ["m0"]),
+    ],
+)
+def test_an_inf_in_a_matrix_of_windows_is_found_where_all_numbers_are_calm(
+    window: list[list[float]], frozen: list[str]
+) -> None:
+    names = tuple(
+        Series(f"m{row}", "input", stat, "delayed", "e4m3")
+        for row in range(2)
+        for stat in ("amax", "scale", "scale_next", "headroom")
+    )
+    values = StepValues(1, names, np.float32([1, 2, 2, 224] * 2), rows(window))
+    found = Watch(only("history_frozen")).look(values)
+    assert [module for alert in found for module, _ in alert.tensors] == frozen
+
+
+def test_headroom_alone_rules_saturation_out_only_where_every_operand_has_it() -> None:
+    names = tuple(
+        Series(f"m{row}", "input", stat, "delayed", "e4m3")
+        for row in range(2)
+        for stat in ("amax", "scale", "scale_next", *(("headroom",) if row else ()))
+    )
+    values = StepValues(1, names, np.float32([4480, 1, 1, 1, 1, 1, 448]))
+    (alert,) = Watch(only("saturation")).look(values)
+    assert alert.tensors == (("m0", "input"),)

@@ -61,6 +61,38 @@ def test_tensorboard_has_values_and_metrics_under_their_names(tmp_path: Path) ->
     assert "fp8/decoder.layers.0.mlp.linear_fc1/input/amax" in found
 
 
+def test_tensorboard_makes_the_events_of_many_steps_together(tmp_path: Path) -> None:
+    (sink,) = build(["tensorboard"], tmp_path, METADATA)
+    sink.metrics(1, {"loss": 5.5, "grad_norm": 1.0})
+    sink.values(step(1, window=3))
+    assert sink.unwritten() == 2 + len(step(1, window=3))
+    assert not (tmp_path / "tensorboard").exists()
+    sink.flush()
+    assert sink.unwritten() == 0
+    assert scalars(tmp_path / "tensorboard")["train/loss"] == {1: 5.5}
+    # A run that never flushes, because it quantises nothing, keeps no more than a few.
+    for number in range(2, 200):
+        sink.metrics(number, {"loss": float(number)})
+    assert sink.unwritten() <= 64
+    sink.close()
+    assert scalars(tmp_path / "tensorboard")["train/loss"] == {1: 5.5, **{n: float(n) for n in range(2, 200)}}
+
+
+def test_tensorboard_that_cannot_be_written_loses_what_waits_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the directory belongs")
+    guarded = GuardedSink(build(["tensorboard"], tmp_path, METADATA)[0])
+    guarded.metrics(1, {"loss": 5.5})
+    guarded.values(step(1))
+    assert guarded.error is None
+    guarded.flush()
+    assert guarded.lost == 1 + len(step(1))
+    guarded.metrics(2, {"loss": 5.5})
+    assert guarded.lost == 2 + len(step(1))
+    assert "tensorboard is switched off" in caplog.text
+
+
 def test_tensorboard_tells_steps_of_the_same_series_apart(tmp_path: Path) -> None:
     (sink,) = build(["tensorboard"], tmp_path, METADATA)
     few, many = step(1, layers=1).series, step(1, layers=2).series

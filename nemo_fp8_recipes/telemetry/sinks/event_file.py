@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 
-__all__ = ["EventFile", "masked_crc32c"]
+__all__ = ["EventFile", "masked_crc32c", "record"]
 
 _numbers = itertools.count()
 
@@ -43,15 +43,24 @@ class EventFile:
 
     def add_serialized(self, data: bytes) -> None:
         """Append a serialised `Event`."""
-        length = struct.pack("<Q", len(data))
-        checksums = struct.pack("<I", masked_crc32c(length)), struct.pack("<I", masked_crc32c(data))
-        self._file.write(b"".join((length, checksums[0], data, checksums[1])))
+        self._file.write(record(data))
+
+    def write(self, records: bytes) -> None:
+        """Append what `record` made, one or several."""
+        self._file.write(records)
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def record(data: bytes) -> bytes:
+    """A serialised `Event` as it stands in the file."""
+    length = struct.pack("<Q", len(data))
+    checksums = struct.pack("<I", masked_crc32c(length)), struct.pack("<I", masked_crc32c(data))
+    return b"".join((length, checksums[0], data, checksums[1]))
 
 
 def masked_crc32c(data: bytes) -> int:

@@ -21,6 +21,9 @@ __all__ = ["ParquetSink"]
 
 logger = logging.getLogger(__name__)
 
+_FLUSHES = 4
+"""After so many it is looked whether files are to be merged."""
+
 
 class ParquetSink(Sink):
     """Writes `<run_dir>/telemetry/*.parquet` and `alerts.jsonl`, schema in docs/schemas/telemetry.md.
@@ -45,6 +48,7 @@ class ParquetSink(Sink):
         self._waiting: list[StepValues] = []
         self._merging: threading.Thread | None = None
         self._merges = True
+        self._flushes = 0
 
     def values(self, values: StepValues) -> None:
         # Alerts are few, and are wanted at once. First, because only this can fail and be tried again.
@@ -67,7 +71,10 @@ class ParquetSink(Sink):
             return
         self._writer.write(self._waiting)
         self._waiting = []
-        if not self._merges or (self._merging is not None and self._merging.is_alive()):
+        self._flushes += 1
+        if self._flushes % _FLUSHES or not self._merges:
+            return
+        if self._merging is not None and self._merging.is_alive():
             return
         if self._writer.mergeable():
             self._merging = threading.Thread(target=self._merge, name="telemetry-merge", daemon=True)

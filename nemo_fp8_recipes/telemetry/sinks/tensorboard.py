@@ -12,7 +12,7 @@ import numpy as np
 
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
 from nemo_fp8_recipes.telemetry.sinks.base import Sink
-from nemo_fp8_recipes.telemetry.sinks.event_file import EventFile
+from nemo_fp8_recipes.telemetry.sinks.event_file import EventFile, record
 from nemo_fp8_recipes.telemetry.sinks.scalars import alert_counts, metric_names, value_scalars
 
 __all__ = ["SummaryWriterSink", "TensorBoardSink"]
@@ -25,23 +25,31 @@ class TensorBoardSink(Sink):
 
     name = "tensorboard"
 
+    _MOST = 64
+    """Events that wait, at most. They are made together: alone, between the steps of a training, each finds
+    nothing of what it needs in the caches.
+    """
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file: EventFile | None = None
         self._events = _StepEvents()
         self._metrics = _MetricEvents()
+        self._waiting: list[tuple[float, StepValues | tuple[int, dict[str, float]]]] = []
+        """What was taken and when, in seconds since 1970: values of steps, or a step with its metrics."""
 
     def values(self, values: StepValues) -> None:
         if len(values.series) or values.alerts:
-            self._open().add_serialized(self._events.of(values))
+            self._take(values)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:
-            self._open().add_serialized(self._metrics.of(step, metric_names(metrics)))
+            self._take((step, metric_names(metrics)))
 
     def truncate_after(self, step: int) -> None:
         from tensorboard.compat.proto import event_pb2
 
+        self._write()
         if not self._directory.exists():
             return
         # TensorBoard then hides what earlier event files hold from this step on.
@@ -49,13 +57,36 @@ class TensorBoardSink(Sink):
         self._open().add(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started))
 
     def flush(self) -> None:
+        self._write()
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
+        self._write()
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def unwritten(self) -> int:
+        return sum(len(taken if isinstance(taken, StepValues) else taken[1]) for _, taken in self._waiting)
+
+    def _take(self, taken: StepValues | tuple[int, dict[str, float]]) -> None:
+        # First what may fail: the call then comes again.
+        if len(self._waiting) >= self._MOST:
+            self._write()
+        self._waiting.append((time.time(), taken))
+
+    def _write(self) -> None:
+        """Give the file what waits."""
+        if not self._waiting:
+            return
+        file = self._open()
+        events = [
+            self._events.of(taken, at) if isinstance(taken, StepValues) else self._metrics.of(*taken, at)
+            for at, taken in self._waiting
+        ]
+        file.write(b"".join(map(record, events)))
+        self._waiting = []
 
     def _open(self) -> EventFile:
         if self._file is None:
@@ -93,20 +124,20 @@ class _StepEvents:
     def __init__(self) -> None:
         self._known: dict[int, tuple[tuple[Series, ...], _SerializedScalars]] = {}
 
-    def of(self, values: StepValues) -> bytes:
-        """The event of a step."""
+    def of(self, values: StepValues, at: float) -> bytes:
+        """The event of a step, at this time."""
         if values.alerts:
-            return _serialized(_event(values.step, _summary(values)))
+            return _serialized(values.step, _summary(values), at)
         known = self._known.get(id(values.series))
         if known is not None:
-            return known[1].event(values.step, values.values)
+            return known[1].event(values.step, values.values, at)
         summary = _summary(values)
         # Series of one name, as of two recipes in one step, share a scalar; these are told apart anew.
         if len(summary.value) == len(values.series):
             if len(self._known) >= self._KEPT:
                 self._known.clear()
             self._known[id(values.series)] = (values.series, _SerializedScalars(summary))
-        return _serialized(_event(values.step, summary))
+        return _serialized(values.step, summary, at)
 
 
 class _MetricEvents:
@@ -116,12 +147,12 @@ class _MetricEvents:
         self._names: tuple[str, ...] = ()
         self._known: _SerializedScalars | None = None
 
-    def of(self, step: int, metrics: Mapping[str, float]) -> bytes:
-        """The event of a step with these scalars."""
+    def of(self, step: int, metrics: Mapping[str, float], at: float) -> bytes:
+        """The event of a step with these scalars, at this time."""
         names = tuple(metrics)
         if self._known is None or names != self._names:
             self._names, self._known = names, _SerializedScalars(_scalars(metrics))
-        return self._known.event(step, np.fromiter(metrics.values(), np.float32, len(metrics)))
+        return self._known.event(step, np.fromiter(metrics.values(), np.float32, len(metrics)), at)
 
 
 class _SerializedScalars:
@@ -141,12 +172,11 @@ class _SerializedScalars:
         self._bytes = np.frombuffer(content, dtype=np.uint8).copy()
         self._prefix = b"\x2a" + _varint(len(content))
 
-    def event(self, step: int, values: np.ndarray) -> bytes:
-        """The event of `step` with these numbers, fp32 (scalars,)."""
+    def event(self, step: int, values: np.ndarray, at: float) -> bytes:
+        """The event of `step` with these numbers, fp32 (scalars,), at this time."""
         self._bytes[self._places] = values.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4)
-        head = struct.pack(
-            "<Bd", 0x09, time.time()
-        )  # the tags are field << 3 | type: 1 is eight bytes, 0 a varint
+        # The tags are field << 3 | type: 1 is eight bytes, 0 a varint.
+        head = struct.pack("<Bd", 0x09, at)
         return b"".join((head, b"\x10", _varint(step), self._prefix, self._bytes.tobytes()))
 
 
@@ -160,15 +190,12 @@ def _varint(number: int) -> bytes:
     return bytes(found)
 
 
-def _serialized(event: Any) -> bytes:
-    data: bytes = event.SerializeToString()
-    return data
-
-
-def _event(step: int, summary: Any) -> Any:
+def _serialized(step: int, summary: Any, at: float) -> bytes:
     from tensorboard.compat.proto import event_pb2
 
-    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+    event = event_pb2.Event(wall_time=at, step=step, summary=summary)
+    data: bytes = event.SerializeToString()
+    return data
 
 
 def _summary(values: StepValues) -> Any:

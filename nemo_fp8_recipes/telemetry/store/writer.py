@@ -112,13 +112,15 @@ class StoreWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / part_name(first, last)
         temporary = directory / f".{path.name}.{os.getpid()}"
+        group = _row_group_size(rows)
         try:
             with pq.ParquetWriter(
                 temporary,
                 schema,
                 compression="zstd",
                 use_dictionary=list(NAMES),
-                write_statistics=["module", "tensor", "stat", "step"],
+                # By which row groups are chosen: nothing to choose from in a part of one.
+                write_statistics=["module", "tensor", "stat", "step"] if rows > group else False,
                 column_encoding={
                     "step": "DELTA_BINARY_PACKED",
                     "value": "BYTE_STREAM_SPLIT",
@@ -128,7 +130,7 @@ class StoreWriter:
             ) as writer:
                 for piece in pieces:
                     table = piece.replace_schema_metadata(schema.metadata)
-                    writer.write_table(table, row_group_size=_row_group_size(rows))
+                    writer.write_table(table, row_group_size=group)
             _to_disk(temporary)
             temporary.replace(path)
             _to_disk(directory)

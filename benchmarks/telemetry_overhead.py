@@ -6,10 +6,14 @@ Each run is the job itself, `nemo-fp8 train`, in a process of its own, on one th
 other programs disturb less than the clock on the wall. Within a run, steps without telemetry, with the cheap
 tier and with the stats tier take turns; a tier's time is the median of its steps. Handing a step's values to
 the sinks is counted to that step. Beside it stands the CPU time inside telemetry's own code, which is less
-noisy than a difference of steps: the calls of the recorder (their mean, as every tenth writes files) and what
-stands around Transformer Engine's quantising functions (the median of the steps). The clocks around these
-functions are there in the steps without telemetry too. What clocks and recorder take in these, such as for
-handing the loss to TensorBoard, is told apart and not counted to a tier.
+noisy than a difference of steps. It is the sum of
+
+- the mean of the recorder's calls, with what it does in every step, logging or not, such as handing the loss
+  to TensorBoard;
+- the share of a logging step in the median writing of files, which comes every tenth of them and
+  would otherwise fall on one tier: there are as many steps of the stats tier among them, whose rows are more;
+- the median of what stands around Transformer Engine's quantising functions. The clocks around these
+  functions are there in the steps without telemetry too, and what they take themselves is not counted.
 
 In a run of its own, nvdlfw-inspect (`pip install -r requirements/benchmarks.txt`) logs Transformer Engine's
 LogFp8TensorStats for the same operands in every step: underflows%, scale_inv_min, scale_inv_max and mse. For
@@ -37,6 +41,7 @@ from pathlib import Path
 TIERS = ("none", "cheap", "none", "stats")
 WARM_UP = 24
 """Steps that are not measured: by then every sink was flushed once, which imports and opens things."""
+FLUSH_EVERY = 10
 RESULT = "@@measured "
 FEATURES = """
 telemetry_overhead:
@@ -60,16 +65,18 @@ def worker(contender: str, arguments: list[str]) -> int:
     seconds: dict[str, list[float]] = defaultdict(list)
     inside: dict[str, list[float]] = defaultdict(list)
     around: dict[str, list[float]] = defaultdict(list)
+    written: list[float] = []
 
     def started(config):  # what is measured begins where the stack is in place
         begun = start(config)
         from nemo_fp8_recipes.telemetry.recorder import Recorder
         from nemo_fp8_recipes.telemetry.seam import QUANTISING, BindingSeam
+        from nemo_fp8_recipes.telemetry.sinks.guard import GuardedSink
         from nemo_fp8_recipes.training.trainer import Trainer
 
         end_of_step = _inspect("fp8_recipe=nvfp4" in arguments) if contender == "inspect" else None
         step = Trainer._step
-        spent = [0.0]
+        spent, writing = [0.0], [0.0]
 
         def tier(number: int) -> str:
             return TIERS[number % len(TIERS)] if contender == "telemetry" else "none"
@@ -100,10 +107,19 @@ def worker(contender: str, arguments: list[str]) -> int:
         Recorder.reads_tensors = lambda _, number: tier(number) == "stats"
         begin_step, end_step, deliver = Recorder.begin_step, Recorder.end_step, Recorder._deliver
         Recorder.begin_step, Recorder.end_step = timed(begin_step), timed(end_step)
+        flush = GuardedSink.flush
+
+        def timed_flush(self):  # within what the recorder is called for, and told apart from it
+            before = spent[0]
+            timed(flush)(self)
+            writing[0] += spent[0] - before
+            spent[0] = before - (spent[0] - before)
+
+        GuardedSink.flush = timed_flush
 
         def measured_step(self, position, *positional, **named):
             number = position.step + 1
-            spent[0] = hooks[0] = theirs[0] = 0.0
+            spent[0] = writing[0] = hooks[0] = theirs[0] = 0.0
             if contender == "telemetry" and tier(number) == "none":
                 clocks.open()
             begin = time.process_time()
@@ -117,6 +133,7 @@ def worker(contender: str, arguments: list[str]) -> int:
                 name = "inspect" if contender == "inspect" else tier(number)
                 seconds[name].append(time.process_time() - begin)
                 inside[name].append(spent[0])
+                written.extend([writing[0]] if writing[0] else [])
                 around[name].append(hooks[0] - theirs[0])
             return done
 
@@ -128,8 +145,9 @@ def worker(contender: str, arguments: list[str]) -> int:
     if status == 0:
         result = {name: statistics.median(values) for name, values in seconds.items()}
         direct = {name: statistics.fmean(inside[name]) + statistics.median(around[name]) for name in inside}
-        direct |= {name: direct[name] - direct["none"] for name in direct if name in ("cheap", "stats")}
-        direct["none"] = statistics.fmean(inside["none"]) if "none" in inside else 0.0
+        clocks = statistics.median(around["none"]) if "none" in around else 0.0
+        share = statistics.median(written) / FLUSH_EVERY if written else 0.0
+        direct = {name: value - clocks + (share if name != "none" else 0.0) for name, value in direct.items()}
         print(RESULT + json.dumps({"step": result, "inside": direct}))
     return status
 
@@ -173,6 +191,7 @@ def run(contender: str, recipe: str, steps: int, overrides: list[str]) -> dict[s
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, __file__, "--worker", contender]
         command += [f"fp8_recipe={recipe}", f"training.steps={steps}", "training.eval_batches=0"]
+        command += [f"telemetry.flush_every={FLUSH_EVERY}"]
         command += [f"telemetry.enabled={contender == 'telemetry'}", f"run_dir={directory}/run", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": directory}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

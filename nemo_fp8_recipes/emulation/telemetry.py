@@ -32,7 +32,13 @@ def _functions() -> Mapping[str, Callable[..., Any]]:
         "measure": _measure,
         "scale_counts": _scale_counts,
         "scale_distribution": _scale_distribution,
+        "stacked_rows": _stacked_rows,
     }
+
+
+def _stacked_rows(tensors: Sequence[Tensor], row: int) -> Tensor | None:
+    kernels = _library()
+    return kernels.stacked_rows(tensors, row) if kernels is not None else None
 
 
 def _history_windows(

@@ -58,7 +58,8 @@ class InFlight:
         if self._event is not None:
             self._event.synchronize()
         host = self._host.numpy()
-        if host[0] > 0 and collective:
+        unknown = host[0] > 0 if not self._exchange.alone else self._plan is not None and self._plan.unknown
+        if unknown and collective:
             return self._exchange.combine_anew(self._reading, self._kind)
         return self._exchange.take(host, self._kind, self._plan)
 
@@ -186,10 +187,10 @@ class Exchange:
         self, layout: Layout, reading: Reading | None, plan: Plan | None, device: torch.device
     ) -> Tensor:
         """int32 (places,) on the device: what all ranks have in the places of the layout, in codes. In a
-        process alone, the flag and the bits of the reading.
+        process alone, the bits of the reading.
         """
         if self.alone and reading is not None and plan is not None:
-            return torch.cat([plan.on(device, "flag"), reading.values.view(torch.int32)])
+            return reading.values.view(torch.int32)
         places = torch.full((layout.size,), ABSENT, dtype=torch.int32, device=device)
         if reading is not None and plan is not None:
             values = reading.values

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.telemetry.coded import Coded
     from nemo_fp8_recipes.telemetry.probes.scale_codes import ScaleFormat
 
-__all__ = ["history_windows", "measure", "scale_counts", "scale_distribution"]
+__all__ = ["history_windows", "measure", "scale_counts", "scale_distribution", "stacked_rows"]
 
 
 class _ScaleDistribution(Protocol):
@@ -58,3 +58,6 @@ scale_counts: (
 
 scale_distribution: _ScaleDistribution | None = None
 """`probes.blocks.BlockProbe._described` of counts."""
+
+stacked_rows: Callable[[Sequence[Tensor], int], Tensor | None] | None = None
+"""`probes.delayed.stacked_rows`."""

@@ -212,8 +212,7 @@ class Plan:
         unknown: the reading holds something the layout has no place for.
         whole: `source` is the reading as it is.
         flag: what place 0 says, int32 (1,).
-        alone: what there is behind the flag where the reading follows it as it is, which it does in a process
-            alone.
+        alone: what there is in the reading as it is, which a process alone has no places for.
     """
 
     specs: tuple[ReadingSpec, ...]
@@ -237,7 +236,7 @@ class Plan:
             if start is None:
                 unknown = True
             else:
-                known[spec] = 1 + position
+                known[spec] = position
                 start += rank if spec.combine in AVERAGES else 0
                 places.append(np.arange(start, start + spec.length))
                 source.append(np.arange(position, position + spec.length))

@@ -94,6 +94,7 @@ class Observer:
         """id of a weight's copy -> it, and whose it is: known where the tensors themselves are read."""
         self._measured: set[Operand] = set()
         self._step = 0
+        self._open = False
         self._stats = False
         self._joined: dict[bool, tuple[tuple[tuple[ReadingSpec, ...], ...], tuple[ReadingSpec, ...]]] = {}
         """What the readings were of in the last step of each kind, apart and one after the other: mostly the
@@ -124,8 +125,10 @@ class Observer:
         self._step += 1
         self._stats = stats
         self._measured = set()
-        for probe in self._probes:
-            probe.begin()
+        if self._open:  # the last step did not end: what was seen of it goes
+            for probe in self._probes:
+                probe.begin()
+        self._open = True
         self._weights.begin()
         if self._reads_tensors:
             self._elements.begin()
@@ -146,6 +149,7 @@ class Observer:
             unseen = self._unseen.reading(self._linears, self._owners, self._step, readings)
             if unseen is not None:
                 readings.append(unseen)
+        self._open = False
         if not readings:
             return None
         parts = tuple(reading.specs for reading in readings)

@@ -160,10 +160,11 @@ class BindingSeam:
         part of the training step either.
         """
         wrapped = wrapper(original)
+        cuda = torch.cuda
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._open or torch.cuda.is_current_stream_capturing():
+            if not self._open or cuda.is_current_stream_capturing():
                 return original(*args, **kwargs)
             for flag in self._capture_flags:
                 if flag():

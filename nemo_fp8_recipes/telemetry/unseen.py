@@ -5,7 +5,7 @@ function from a time when nobody watched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from nemo_fp8_recipes.injection.cuda_graphs import graphed_modules
 from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.injection.operations import OperationLinear
 from nemo_fp8_recipes.telemetry.linears import Linear
-from nemo_fp8_recipes.telemetry.owners import Owners
+from nemo_fp8_recipes.telemetry.owners import Owned, Owners
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element_format
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Unseen:
         """Modules of which nothing was seen when last there were any, and those of them that run as CUDA
         graphs.
         """
+        self._of_linear: Mapping[str, Mapping[str, Owned]] | None = None
+        self._telling: tuple[Owned, ...] | None = None
+        """The operands that say of those in `_of_linear` that everything passed by, where they were all seen.
+        """
 
     def reading(
         self, linears: Sequence[Linear], owners: Owners, step: int, readings: Sequence[Reading]
@@ -57,11 +61,17 @@ class Unseen:
             readings: what was read in it.
         """
         of_linear = owners.of_linear
+        if self._of_linear is not of_linear:
+            self._of_linear, self._telling = of_linear, _telling(linears, owners)
+        if self._telling is not None:
+            for owned in self._telling:
+                if owned.seen != step:
+                    break
+            else:
+                return None
         unseen = []
         for linear in linears:
-            partly = isinstance(linear.module, OperationLinear) or getattr(
-                linear.module, "use_grouped_tensor", False
-            )
+            partly = _partly(linear)
             seen = [owned.seen == step for owned in of_linear.get(linear.path, {}).values()]
             passed_by = all(seen) and bool(seen) if partly else any(seen)
             if not passed_by and linear.module.fp8 and linear.module.training:
@@ -88,3 +98,21 @@ class Unseen:
             return None
         device = next(unseen[0].module.parameters()).device
         return Reading(tuple(specs), torch.ones(len(specs), device=device))
+
+
+def _partly(linear: Linear) -> bool:
+    """Whether some operands of the linear may pass by and others not."""
+    return isinstance(linear.module, OperationLinear) or bool(
+        getattr(linear.module, "use_grouped_tensor", False)
+    )
+
+
+def _telling(linears: Sequence[Linear], owners: Owners) -> tuple[Owned, ...] | None:
+    """One operand of each linear, or all; None where there is one without."""
+    found: list[Owned] = []
+    for linear in linears:
+        those = list(owners.of_linear.get(linear.path, {}).values())
+        if not those:
+            return None
+        found += those if _partly(linear) else those[:1]
+    return tuple(found)

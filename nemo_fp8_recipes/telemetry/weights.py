@@ -67,6 +67,8 @@ class KeptWeights:
     def read_copies(self) -> None:
         """Read the copies of the other weights, at the end of the step."""
         for linear in self._others:
+            if not linear.module._fp8_workspaces:
+                continue
             weight = linear.cached_weight()
             if weight is not None:
                 self._hand_over(linear, getattr(weight, "_quantizer", None), weight)

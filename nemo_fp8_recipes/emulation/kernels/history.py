@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,31 +14,65 @@ from nemo_fp8_recipes.emulation.kernels.native import ADDRESS, LONG, Native
 __all__ = ["HistoryKernels"]
 
 
+class _Matrices:
+    """Contiguous fp32 host matrices as C sees them; a vector is one row. The same ones come in every step."""
+
+    def __init__(self, tensors: Sequence[Tensor], addresses: list[int]) -> None:
+        self._tensors = tuple(tensors)  # which keeps them, and so their identities
+        self._addresses = addresses
+        self.readable = _readable(tensors)
+        self.number = len(addresses)
+        self.rows = 1 if tensors[0].dim() == 1 else tensors[0].shape[0]
+        widths = [one.shape[-1] for one in tensors]
+        self.columns = sum(widths)
+        self.addresses = (ADDRESS * self.number)(*addresses)
+        self.widths = (LONG * self.number)(*widths)
+
+    def are(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
+        """Whether these are still the same tensors, at the same place."""
+        return (
+            self._addresses == addresses
+            and len(tensors) == self.number
+            and all(map(operator.is_, self._tensors, tensors))
+        )
+
+
 class HistoryKernels(Native):
-    """Windows of amax histories."""
+    """Rows and windows of amax histories."""
+
+    _KEPT = 32
 
     def __init__(self, loaded: ctypes.CDLL, team: int | None = None) -> None:
         super().__init__(loaded, team)
+        self._known_matrices: dict[int, _Matrices] = {}
         self._history_windows = self.bind(
             "history_windows", None, LONG, ADDRESS, ADDRESS, LONG, ADDRESS, ADDRESS, LONG, ADDRESS, ADDRESS
         )
+        self._stacked_rows = self.bind("stacked_rows", None, LONG, ADDRESS, ADDRESS, LONG, ADDRESS)
+
+    def stacked_rows(self, tensors: Sequence[Tensor], row: int) -> Tensor | None:
+        """`telemetry.probes.delayed.stacked_rows`; None unless all are contiguous fp32 host tensors."""
+        found = self._matrices(tensors)
+        if not found.readable:
+            return None
+        out = torch.empty(found.columns, dtype=torch.float32)
+        self._stacked_rows(found.number, found.addresses, found.widths, row, out.data_ptr())
+        return out
 
     def history_windows(
         self, histories: Sequence[Tensor], oldest: Tensor, last: Tensor, slots: Tensor
     ) -> Tensor | None:
         """`telemetry.probes.delayed.history_windows`; None unless all are contiguous fp32 host tensors."""
-        for one in (*histories, oldest, last):
-            if one.dtype != torch.float32 or one.device.type != "cpu" or not one.is_contiguous():
-                return None
-        number = len(histories)
-        shapes = [one.shape for one in histories]
-        length, count = shapes[0][0], slots.numel()
-        out = torch.empty(count * length, dtype=torch.float32)
+        found = self._matrices(histories)
+        if not found.readable or not _readable((oldest, last)):
+            return None
+        count = slots.numel()
+        out = torch.empty(count * found.rows, dtype=torch.float32)
         self._history_windows(
-            number,
-            (ADDRESS * number)(*[one.data_ptr() for one in histories]),
-            (LONG * number)(*[shape[1] for shape in shapes]),
-            length,
+            found.number,
+            found.addresses,
+            found.widths,
+            found.rows,
             oldest.data_ptr(),
             last.data_ptr(),
             count,
@@ -45,3 +80,18 @@ class HistoryKernels(Native):
             out.data_ptr(),
         )
         return out
+
+    def _matrices(self, tensors: Sequence[Tensor]) -> _Matrices:
+        addresses = [one.data_ptr() for one in tensors]
+        known = self._known_matrices.get(id(tensors[0]))
+        if known is None or not known.are(tensors, addresses):
+            if len(self._known_matrices) >= self._KEPT:
+                self._known_matrices.clear()
+            known = self._known_matrices[id(tensors[0])] = _Matrices(tensors, addresses)
+        return known
+
+
+def _readable(tensors: Sequence[Tensor]) -> bool:
+    return all(
+        one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors
+    )

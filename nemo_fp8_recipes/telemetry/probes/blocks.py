@@ -187,6 +187,7 @@ class BlockProbe(Probe):
         self._indices = indices
         self._recipe = recipe
         self._format = _FORMATS[recipe]
+        self._may_swizzle = recipe != "blockwise"  # whose tensors lack the attribute
         self._known: list[_Reduction] = []
         """The reductions of the last step, in order."""
         self.begin()
@@ -205,7 +206,7 @@ class BlockProbe(Probe):
             rowwise, scale, data = False, tensor._columnwise_scale_inv, tensor._columnwise_data
         if scale is None or not (blocks := scale.numel()):
             return  # an expert that got no token
-        swizzled = getattr(tensor, "_with_gemm_swizzled_scales", False)
+        swizzled = self._may_swizzle and getattr(tensor, "_with_gemm_swizzled_scales", False)
         self._made.append((operand, rowwise, quantizer, data.shape, swizzled))
         # An alias, because Transformer Engine empties saved tensors. `detach` would take three times as long.
         self._waiting.append(scale.data)

@@ -75,16 +75,15 @@ class _Buffers:
         self.scale = torch.where(observed, scale, self.scale)
         self.oldest = torch.where(observed, oldest, self.oldest)
 
-    def windows(self, slots: Tensor) -> Tensor:
-        """fp32 (len(slots) * len,), one window after the other, oldest entry first, the step's last amax in
-        the last place.
-        """
-        kernel = host_kernels.history_windows
-        if kernel is not None:
-            found = kernel(self.histories, self.oldest, self.last, slots)
-            if found is not None:
-                return found
-        return history_windows(self.histories, self.oldest, self.last, slots)
+
+def stacked_rows(tensors: Sequence[Tensor], row: int) -> Tensor:
+    """A row of each of them, one after the other; a vector is one row."""
+    kernel = host_kernels.stacked_rows
+    found = kernel(tensors, row) if kernel is not None else None
+    if found is None:
+        vectors = [tensor.select(0, row) if tensor.dim() > 1 else tensor for tensor in tensors]
+        found = torch.cat(vectors)
+    return found
 
 
 def history_windows(histories: Sequence[Tensor], oldest: Tensor, last: Tensor, slots: Tensor) -> Tensor:
@@ -173,8 +172,7 @@ class DelayedProbe(Probe):
         # The next entry to be dropped is row 1: row 0 is the live amax. A window of one holds nothing older.
         oldest = 1 if buffers.length > 1 else 0
         with torch.no_grad():
-            dropped = torch.cat([history.select(0, oldest) for history in histories])
-            buffers.update(amax, torch.cat(list(scales)), dropped)
+            buffers.update(amax, stacked_rows(scales, 0), stacked_rows(histories, oldest))
 
     def end(self) -> Reading | None:
         if not self._buffers:
@@ -193,7 +191,7 @@ class DelayedProbe(Probe):
         # The windows behind all numbers: then they are one matrix on the host.
         values = [self._numbers(buffers, whose.slots) for buffers, whose in found]
         if self._history:
-            values += [buffers.windows(whose.slots) for buffers, whose in found]
+            values += self._windows(found)
         read, lengths = [one for _, one in found], [buffers.length for buffers, _ in found]
         before, of_length, specs = self._specs
         if of_length != lengths or not all(map(operator.is_, before, read)):
@@ -223,13 +221,22 @@ class DelayedProbe(Probe):
             tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found),
         )
 
+    def _windows(self, found: Sequence[tuple[_Buffers, _Owners]]) -> list[Tensor]:
+        kernel = host_kernels.history_windows
+        windows = []
+        for buffers, whose in found:
+            given = (buffers.histories, buffers.oldest, buffers.last, whose.slots)
+            made = kernel(*given) if kernel is not None else None
+            windows.append(made if made is not None else history_windows(*given))
+        return windows
+
     def _numbers(self, buffers: _Buffers, slots: Tensor) -> Tensor:
         """`_NUMBERS` of some slots, fp32 (len(_NUMBERS) * len(slots),)."""
         assert buffers.amax is not None  # a buffer is created by its first update
         vectors = {
             "amax": buffers.amax,
             "scale": buffers.scale,
-            "scale_next": torch.cat(buffers.scales),
+            "scale_next": stacked_rows(buffers.scales, 0),
             "peak": buffers.peak,
         }
         return torch.stack([vectors[name] for name, _ in _NUMBERS]).index_select(1, slots).reshape(-1)

@@ -8,7 +8,7 @@ keeps the amax of what was quantised: after the Hadamard transform, where the re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +17,6 @@ from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element
 from nemo_fp8_recipes.telemetry.probes.blocks import BlockProbe
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.tensorwise import TensorwiseProbe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Nvfp4Probe"]
 
@@ -36,7 +33,14 @@ class Nvfp4Probe(TensorwiseProbe):
         self._blocks.begin()
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
-        super().quantised(operand, quantizer, tensor)
+        data, amax = tensor._rowwise_data, tensor._amax_rowwise
+        if data is None:
+            data = tensor._columnwise_data
+        if data is None or data.numel():  # not an expert that got no token
+            self._made.append((operand, quantizer))
+            if amax is None:
+                amax = tensor._amax_columnwise
+            self._waiting.append((amax if amax.numel() == 1 else amax.detach().amax()).data)
         self._blocks.quantised(operand, quantizer, tensor)
 
     def settle(self) -> None:
@@ -54,13 +58,3 @@ class Nvfp4Probe(TensorwiseProbe):
 
     def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
         return ReadingSpec(operand.module, operand.tensor, "amax", "nvfp4", element_format(quantizer), "max")
-
-    def _codes(self, tensor: Any) -> Tensor | None:
-        codes: Tensor | None = (
-            tensor._columnwise_data if tensor._rowwise_data is None else tensor._rowwise_data
-        )
-        return codes
-
-    def _number(self, tensor: Any) -> Tensor:
-        kept: Tensor = tensor._amax_columnwise if tensor._amax_rowwise is None else tensor._amax_rowwise
-        return kept if kept.numel() == 1 else kept.detach().amax()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,31 +24,22 @@ class TensorwiseProbe(Probe):
 
     def __init__(self, indices: IndexCache) -> None:
         self._indices = indices
-        self._known: dict[Operand, tuple[Any, ReadingSpec]] = {}
-        """What is read of an operand, and the quantizer that made it so."""
+        self._known: tuple[list[tuple[Operand, Any]], tuple[ReadingSpec, ...], np.ndarray] | None = None
+        """What was quantised by what in the last step, what is read of it, and the slot of each tensor."""
         self.begin()
 
     def begin(self) -> None:
-        self._slots: dict[Operand, int] = {}
-        self._specs: list[ReadingSpec] = []
-        self._slot_of: list[int] = []
+        self._made: list[tuple[Operand, Any]] = []
         self._waiting: list[Tensor] = []
         self._read: list[Tensor] = []
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
-        data = self._codes(tensor)
+        data = tensor._data if tensor._data is not None else tensor._transpose
         if data is not None and not data.numel():
             return  # an expert that got no token: its scale was never written
-        slot = self._slots.get(operand)
-        if slot is None:
-            slot = self._slots[operand] = len(self._specs)
-            known = self._known.get(operand)
-            if known is None or known[0] is not quantizer:
-                known = self._known[operand] = (quantizer, self._spec(operand, quantizer))
-            self._specs.append(known[1])
-        self._slot_of.append(slot)
+        self._made.append((operand, quantizer))
         # An alias, because Transformer Engine empties saved tensors. `detach` would take three times as long.
-        self._waiting.append(self._number(tensor).data)
+        self._waiting.append(tensor._scale_inv.data)
 
     def settle(self) -> None:
         if self._waiting:
@@ -55,15 +47,28 @@ class TensorwiseProbe(Probe):
             self._waiting = []
 
     def end(self) -> Reading | None:
-        if not self._specs:
+        if not self._made:
             return None
         self.settle()
-        found = torch.cat(self._read)
-        largest = found.new_zeros(len(self._specs))
-        largest.scatter_reduce_(0, self._indices.on(found.device, self._slot_of), found, "amax")
-        reading = Reading(tuple(self._specs), largest)
+        known = self._known
+        # Pairs of the same objects, in most steps: they are told by their identity.
+        if known is None or known[0] != self._made:
+            known = self._known = (self._made, *self._planned())
+        _, specs, slots = known
+        found = self._read[0] if len(self._read) == 1 else torch.cat(self._read)
+        largest = found.new_zeros(len(specs))
+        largest.scatter_reduce_(0, self._indices.on(found.device, slots), found, "amax")
         self.begin()
-        return reading
+        return Reading(specs, largest)
+
+    def _planned(self) -> tuple[tuple[ReadingSpec, ...], np.ndarray]:
+        slots: dict[Operand, int] = {}
+        specs: list[ReadingSpec] = []
+        for operand, quantizer in self._made:
+            if operand not in slots:
+                slots[operand] = len(specs)
+                specs.append(self._spec(operand, quantizer))
+        return tuple(specs), np.asarray([slots[operand] for operand, _ in self._made], dtype=np.int64)
 
     def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
         return ReadingSpec(
@@ -75,13 +80,3 @@ class TensorwiseProbe(Probe):
             "max",
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
-
-    def _codes(self, tensor: Any) -> Tensor | None:
-        """The codes of a quantised tensor, in either direction."""
-        codes: Tensor | None = tensor._data if tensor._data is not None else tensor._transpose
-        return codes
-
-    def _number(self, tensor: Any) -> Tensor:
-        """The one number that is read of a quantised tensor, not negative."""
-        scale_inv: Tensor = tensor._scale_inv
-        return scale_inv

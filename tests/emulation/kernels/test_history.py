@@ -24,6 +24,19 @@ def test_windows_are_those_of_the_torch_operations(native: Library, length: int)
     assert found.shape == (len(slots) * length,)
 
 
+def test_rows_are_stacked_like_those_of_the_torch_operations(native: Library) -> None:
+    histories = [torch.rand(4, width) for width in (3, 2, 6, 1)]
+    for row in (0, 1, 3):
+        found = native.stacked_rows(histories, row)
+        assert found is not None
+        assert torch.equal(found, torch.cat([one[row] for one in histories]))
+    vectors = [torch.rand(3), torch.rand(5)]
+    found = native.stacked_rows(vectors, 0)
+    assert found is not None
+    assert torch.equal(found, torch.cat(vectors))
+
+
 def test_histories_that_do_not_lie_in_one_piece_are_left_to_torch(native: Library) -> None:
     history, numbers = torch.rand(2, 4).t(), torch.rand(2)
     assert native.history_windows([history], numbers, numbers, torch.tensor([0])) is None
+    assert native.stacked_rows([history], 0) is None

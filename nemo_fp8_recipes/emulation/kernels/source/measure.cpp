@@ -61,3 +61,10 @@ KERNEL void nemo_fp8_history_windows(int64_t modules, const float* const* histor
                                      const int64_t* slots, float* out) {
   history_windows(modules, histories, widths, length, oldest, last, count, slots, out);
 }
+
+// Row `row` of each matrix of `widths` columns, one after the other.
+KERNEL void nemo_fp8_stacked_rows(int64_t count, const float* const* matrices, const int64_t* widths, int64_t row,
+                                  float* out) {
+  for (int64_t i = 0; i < count; out += widths[i++])
+    std::copy_n(matrices[i] + row * widths[i], widths[i], out);
+}

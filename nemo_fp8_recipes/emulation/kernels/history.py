@@ -92,6 +92,11 @@ class HistoryKernels(Native):
 
 
 def _readable(tensors: Sequence[Tensor]) -> bool:
+    """Of other classes a FakeTensor, for one, has no memory."""
     return all(
-        one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors
+        type(one) is Tensor
+        and one.dtype == torch.float32
+        and one.device.type == "cpu"
+        and one.is_contiguous()
+        for one in tensors
     )

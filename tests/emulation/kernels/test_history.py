@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_fp8_recipes.emulation.kernels import Library
 from nemo_fp8_recipes.telemetry.probes.delayed import history_windows
@@ -40,3 +41,9 @@ def test_histories_that_do_not_lie_in_one_piece_are_left_to_torch(native: Librar
     history, numbers = torch.rand(2, 4).t(), torch.rand(2)
     assert native.history_windows([history], numbers, numbers, torch.tensor([0])) is None
     assert native.stacked_rows([history], 0) is None
+
+
+def test_tensors_without_memory_are_left_to_torch(native: Library) -> None:
+    with FakeTensorMode():
+        history, numbers = torch.zeros(4, 2), torch.zeros(2)
+        assert native.history_windows([history], numbers, numbers, torch.tensor([0])) is None

@@ -48,7 +48,8 @@ class Nvfp4Probe(TensorwiseProbe):
         self._blocks.settle()
 
     def end(self) -> Reading | None:
-        readings = [reading for reading in (super().end(), self._blocks.end()) if reading is not None]
+        blocks = self._blocks.end()  # first: the other end begins a new step, of the blocks too
+        readings = [reading for reading in (super().end(), blocks) if reading is not None]
         if not readings:
             return None
         return Reading(

@@ -47,11 +47,13 @@ class Linear:
             experts over the expert-parallel ranks.
         module: the Transformer Engine module, or what is read instead of it (`injection/operations.py`).
         gemm: index of the GEMM within the module on this rank.
+        whole: path of the module: what is quantised for all its GEMMs at once goes by it.
     """
 
     path: str
     module: Any
     gemm: int
+    whole: str = ""
 
     def quantizers(self) -> Iterator[tuple[str, Any]]:
         """Operand and the quantizer that makes it; nothing before the module's first quantised forward."""
@@ -140,7 +142,7 @@ def linears(model: nn.Module | Sequence[nn.Module]) -> tuple[Linear, ...]:
 def _gemms_of(path: str, module: Any, gemms: int) -> Iterator[Linear]:
     offset = _expert_offset(path, gemms)
     for gemm in range(gemms):
-        yield Linear(path if gemms == 1 else f"{path}.gemm{offset + gemm}", module, gemm)
+        yield Linear(path if gemms == 1 else f"{path}.gemm{offset + gemm}", module, gemm, path)
 
 
 def _gemms(module: Any) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nemo_fp8_recipes.injection.operands import recipe_of
+from nemo_fp8_recipes.telemetry.groups import OneMatrix, is_grouped, one_matrix
 from nemo_fp8_recipes.telemetry.linears import Operand, linears
 from nemo_fp8_recipes.telemetry.owners import Owned, Owners
 from nemo_fp8_recipes.telemetry.probes import (
@@ -45,12 +46,9 @@ class _Made(NamedTuple):
     """One quantised operand that a call of the binding made."""
 
     owned: Owned
+    operand: Operand
     quantizer: Any
     tensor: Any
-
-    @property
-    def operand(self) -> Operand:
-        return self.owned.operand
 
 
 class Observer:
@@ -225,7 +223,7 @@ class Observer:
         if self._reads_tensors and any(one is not None and self._is_reread(one.operand) for one in made):
             found = sources(name, original, args, kwargs, len(made))
             for one, source in zip(made, found or (), strict=False):
-                if one is not None:
+                if one is not None and one.tensor is not None:
                     self._reread(one.operand, one.quantizer, one.tensor, source)
         return result
 
@@ -237,7 +235,7 @@ class Observer:
             (self._owner(quantizer, tensor), quantizer, tensor) for quantizer, tensor in _made(given, result)
         ]
         made = [
-            _Made(owned, quantizer, tensor) if owned is not None and self._counts(owned) else None
+            self._named(owned, quantizer, tensor) if owned is not None and self._counts(owned) else None
             for owned, quantizer, tensor in found
         ]
         # A tensor that is written again is a weight or a parameter, and its scale is read where it is kept.
@@ -245,6 +243,8 @@ class Observer:
         for one in made:
             if one is None:
                 continue
+            if one.tensor is None:
+                continue  # experts that are nothing that can be read as one
             one.owned.seen = self._step
             take = one.owned.take
             if take is None or again:
@@ -253,6 +253,19 @@ class Observer:
                 self._weights.read_parameters(self._linears)
             take(one.operand, one.quantizer, one.tensor)
         return made
+
+    def _named(self, owned: Owned, quantizer: Any, tensor: Any) -> _Made:
+        """The operand by its name: that of all experts where it was made for all of them."""
+        if not is_grouped(tensor):
+            return _Made(owned, owned.operand, quantizer, tensor)
+        whole = one_matrix(tensor, quantizer)
+        if whole is not None:
+            for linear in self._linears:  # each has a quantizer of its own, of which the first one is used
+                if linear.module is owned.module:
+                    other = self._owners.of_linear.get(linear.path, {}).get(owned.operand.tensor)
+                    if other is not None:
+                        other.seen = self._step
+        return _Made(owned, Operand(owned.linear.whole, owned.operand.tensor), quantizer, whole)
 
     def _owner(self, quantizer: Any, tensor: Any) -> Owned | None:
         """Whose quantizer this is, or whose weight is written."""
@@ -291,7 +304,7 @@ class Observer:
         self._measured.add(operand)
         if self._stats:
             self._elements.quantised(operand, quantizer, tensor, source)
-        if self.whatif.wants(operand):
+        if self.whatif.wants(operand) and not isinstance(tensor, OneMatrix):
             self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats)
 
     def _reread_parameter(self, operand: Operand, quantizer: Any, weight: Any) -> None:
@@ -301,10 +314,10 @@ class Observer:
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:
     """Pairs of quantizer and the tensor it made, from arguments and result of a binding function."""
-    if is_quantized(result):
+    if is_quantized(result) or is_grouped(result):
         made = [result]
     elif isinstance(result, (tuple, list)):
-        made = [item for item in result if is_quantized(item)]
+        made = [item for item in result if is_quantized(item) or is_grouped(item)]
     else:
         return []
     if not made:

@@ -2,7 +2,8 @@
 
 Every quantised tensor comes out of a function of the binding module `transformer_engine_torch` that was
 handed the quantizer of the operand it makes: `quantize`, the norms fused with quantisation (`layernorm_fwd`,
-`rmsnorm_fwd`), the bias gradient fused with it (`bgrad_quantize`), activations, `split_quantize` for experts.
+`rmsnorm_fwd`), the bias gradient fused with it (`bgrad_quantize`), activations, `split_quantize` and
+`group_quantize` for experts.
 Wrapping these sees each operand once, under the identity of its own quantizer, also where no Python method of
 the quantizer is called. The alternatives fall short: methods of the quantizer instance are bypassed by the
 fused functions; subclasses of it are refused by C++, which checks the exact type; operands at the GEMM do not
@@ -24,7 +25,7 @@ import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
 
-__all__ = ["QUANTISING", "BindingSeam", "is_quantized", "is_quantizer", "quantized_kinds"]
+__all__ = ["QUANTISING", "BindingSeam", "grouped_kinds", "is_quantized", "is_quantizer", "quantized_kinds"]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -32,6 +33,9 @@ QUANTISING = (
     "bgrad_quantize",
     "split_quantize",
     "multi_tensor_quantize",
+    "group_quantize",
+    "bgrad_group_quantize",
+    "nvfp4_group_quantize_with_amax",
     "layernorm_fwd",
     "rmsnorm_fwd",
     "glu",
@@ -196,6 +200,9 @@ quantizer_kinds: Mapping[type, bool] = _Kinds("Quantizer")
 
 quantized_kinds: Mapping[type, bool] = _Kinds("QuantizedTensorStorage")
 """Whether a class is that of a quantised tensor, see `is_quantized`."""
+
+grouped_kinds: Mapping[type, bool] = _Kinds("GroupedTensorStorage")
+"""Whether a class is that of a grouped tensor, quantised or not."""
 
 
 def is_quantizer(value: object) -> bool:

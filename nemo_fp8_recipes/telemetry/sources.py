@@ -16,7 +16,13 @@ from nemo_fp8_recipes.telemetry.seam import is_quantized, is_quantizer
 
 __all__ = ["sources"]
 
-_GIVEN = {"quantize": ("tensor", "input"), "bgrad_quantize": ("input", "tensor")}
+_GIVEN: dict[str, tuple[str, ...]] = {
+    "quantize": ("tensor", "input"),
+    "bgrad_quantize": ("input", "tensor"),
+    "group_quantize": ("tensor",),
+    "bgrad_group_quantize": ("tensor",),
+    "nvfp4_group_quantize_with_amax": ("tensor",),
+}
 _GIVEN_MANY = {"multi_tensor_quantize": ("tensor_list",)}
 _SPLIT = {"split_quantize": ("tensor",)}
 

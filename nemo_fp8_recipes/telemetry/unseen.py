@@ -1,6 +1,6 @@
 """Marks of what did not pass by in a step: what a replayed CUDA graph quantises passes no function that could
-be watched, what is quantised for all experts at once has no tensors of its own, and an operation may keep a
-function from a time when nobody watched.
+be watched, of several experts that are quantised at once only what lies as one matrix can be read, and an
+operation may keep a function from a time when nobody watched.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Unseen:
     graph: of it there is what Transformer Engine keeps in its buffers (delayed scaling's state, cached
     weights) and nothing else. Of a `GroupedLinear(use_grouped_tensor=True)` and of the operation of that
     name, which quantise all experts' inputs with one quantizer into one tensor
-    (`transformer_engine/pytorch/module/grouped_linear.py`), there are the weights. Operations keep the
-    function that fuses an activation's gradient with the bias gradient
-    (`ops/fused/backward_activation_bias.py`): what it quantises is not seen.
+    (`transformer_engine/pytorch/module/grouped_linear.py`), inputs and gradients are missing where these are
+    quantised columnwise alone. Operations keep the function that fuses an activation's gradient with the bias
+    gradient (`ops/fused/backward_activation_bias.py`): what it quantises is not seen.
 
     Args:
         model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.

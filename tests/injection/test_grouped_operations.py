@@ -29,7 +29,8 @@ from . import gpt
 pytestmark = [pytest.mark.usefixtures("megatron"), since("2.20")]
 
 FP8 = ["delayed", "tensorwise", "mxfp8", "nvfp4", "blockwise"]
-ON_GROUPED_TENSORS = ("tensorwise", "mxfp8", "nvfp4")  # on the device that the tests pose as
+ON_GROUPED_TENSORS = ("tensorwise", "mxfp8", "nvfp4")
+"""Recipes that quantise all experts at once on the device that the tests pose as."""
 TENSORS = ("input", "weight", "grad_output")
 EXPERTS, TOKENS = 3, [128, 0, 256]
 
@@ -75,9 +76,15 @@ def test_every_expert_is_read(name):
         ("1", "GroupedLinear"),
     ]
     assert reading is not None
-    assert {path for path, tensor in observed(reading, "elements") if tensor == "weight"} == {
+    elements = observed(reading, "elements")
+    assert {path for path, tensor in elements if tensor == "weight"} == {
         linear.path for linear in linears(model)
     }
+    assert not observed(reading, "unobserved")
+    if name in ON_GROUPED_TENSORS:
+        assert {(path, tensor) for path, tensor in elements if tensor != "weight"} == {
+            (path, tensor) for path in ("0", "1") for tensor in ("input", "grad_output")
+        }
 
 
 @pytest.mark.parametrize("name", ["delayed", "blockwise"])
@@ -228,7 +235,8 @@ def test_the_mlp_gets_the_injected_recipe(dense, name):
     rows = {row.module: row for row in found.rows}
     assert {rows[path].module_class for path in FUSED} == {"GroupedLinear"}
     assert reading is not None
-    assert {(path, "weight") for path in FUSED} <= observed(reading, "elements")
+    assert {(path, tensor) for path in FUSED for tensor in TENSORS} <= observed(reading, "elements")
+    assert not observed(reading, "unobserved")
 
 
 def test_options_and_recipes_change(dense):
@@ -308,6 +316,7 @@ def test_experts_of_megatrons_fused_mlp(longer, monkeypatch, name):
         assert reading is not None
         weights = {(f"{path}.gemm{expert}", "weight") for path in paths for expert in range(4)}
         assert weights <= observed(reading, "elements")
+        assert not observed(reading, "unobserved")
         switch(injection, model, other)
         gpt.train_step(model)
         require_quantized(manifest(model, other), other)

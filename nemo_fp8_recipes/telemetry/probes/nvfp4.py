@@ -37,10 +37,17 @@ class Nvfp4Probe(TensorwiseProbe):
         if data is None:
             data = tensor._columnwise_data
         if data is None or data.numel():  # not an expert that got no token
-            self._made.append((operand, quantizer))
             if amax is None:
                 amax = tensor._amax_columnwise
-            self._waiting.append((amax if amax.numel() == 1 else amax.detach().amax()).data)
+            if amax.numel() == 1:
+                self._made.append((operand, quantizer))
+                self._waiting.append(amax.data)
+            elif (members := getattr(tensor, "members", 1)) == amax.numel():
+                self._made += [(operand, quantizer)] * members  # one of each expert
+                self._waiting.append(amax.data)
+            else:  # one a row
+                self._made.append((operand, quantizer))
+                self._waiting.append(amax.detach().amax().data)
         self._blocks.quantised(operand, quantizer, tensor)
 
     def settle(self) -> None:

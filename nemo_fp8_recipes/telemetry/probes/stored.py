@@ -20,6 +20,7 @@ from nemo_fp8_recipes.numerics.formats import E4M3
 from nemo_fp8_recipes.numerics.fp4 import E2M1_MAX
 from nemo_fp8_recipes.numerics.tensorwise import dequantize
 from nemo_fp8_recipes.telemetry.coded import Coded
+from nemo_fp8_recipes.telemetry.groups import OneMatrix
 from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -47,6 +48,8 @@ def stored(quantizer: Any, tensor: Any) -> Coded | None:
         of its Hadamard transform, and its 4over6 blocks have a rule of their own.
     """
     reader = _READERS.get(type(quantizer).__name__)
+    if isinstance(tensor, OneMatrix):
+        tensor = tensor.with_values()
     return reader(quantizer, tensor) if reader is not None else None
 
 
@@ -99,8 +102,8 @@ def _per_tensor(quantizer: Any, tensor: Any) -> Coded | None:
         codes = _transposed(tensor._transpose)
     else:
         return None
-    scale_inv = tensor._scale_inv.reshape(1, 1)
-    block = (codes.shape[0], codes.shape[1])
+    scale_inv = tensor._scale_inv.reshape(-1, 1)  # one, or one a row
+    block = (codes.shape[0] // scale_inv.shape[0], codes.shape[1])
     return Coded(codes, scale_inv, element_format(quantizer), block, rowwise=rowwise)
 
 

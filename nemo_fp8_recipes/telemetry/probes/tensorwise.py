@@ -31,20 +31,32 @@ class TensorwiseProbe(Probe):
     def begin(self) -> None:
         self._made: list[tuple[Operand, Any]] = []
         self._waiting: list[Tensor] = []
+        self._amaxes: list[Tensor] = []
+        """Those of experts, one for each number that waits; empty as long as there are none."""
         self._read: list[Tensor] = []
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
         data = tensor._data if tensor._data is not None else tensor._transpose
         if data is not None and not data.numel():
             return  # an expert that got no token: its scale was never written
-        self._made.append((operand, quantizer))
+        scale_inv = tensor._scale_inv
+        if scale_inv.numel() == 1:
+            self._made.append((operand, quantizer))
+        else:  # of a grouped tensor, one an expert
+            self._made += [(operand, quantizer)] * scale_inv.numel()
+            self._amaxes += self._waiting[len(self._amaxes) :]
+            self._amaxes.append(tensor.amax.data)
         # An alias, because Transformer Engine empties saved tensors. `detach` would take three times as long.
-        self._waiting.append(tensor._scale_inv.data)
+        self._waiting.append(scale_inv.data)
 
     def settle(self) -> None:
         if self._waiting:
-            self._read.append(torch._C._nn.flatten_dense_tensors(self._waiting))
-            self._waiting = []
+            found = torch._C._nn.flatten_dense_tensors(self._waiting)
+            if self._amaxes:  # an expert without tokens has the scale 1, and an amax of 0
+                self._amaxes += self._waiting[len(self._amaxes) :]
+                found = found * torch._C._nn.flatten_dense_tensors(self._amaxes).ne(0)
+            self._read.append(found)
+            self._waiting, self._amaxes = [], []
 
     def end(self) -> Reading | None:
         if not self._made:

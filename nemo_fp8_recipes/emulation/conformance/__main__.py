@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: none of the files is in this source tree, nothing was run.", file=sys.stderr)
         return 2
     seconds = None if options.kept_only else options.file_minutes * 60
-    results, absent = [], list(missing)
+    results, absent, interrupted = [], list(missing), []
     commits: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as workers:
         there = [part for part in parts if part.file not in missing]
@@ -74,14 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             results.append(done)
             commits.setdefault(outcomes.made_at(), []).append(part.label)
+            if not outcomes.whole(of_any_sources=seconds is None):
+                interrupted.append(part.label)
             print(
                 f"{part.label}: {done.count('passed')} passed, {done.count('failed')} failed, "
                 f"{done.count('needs a real GPU')} need a real GPU, {done.count('skipped')} skipped",
                 file=sys.stderr,
             )
     notes = _notes(results, options.tests, commits)
+    if interrupted:
+        labels = ", ".join(f"`{label}`" for label in interrupted)
+        notes += ["", f"Interrupted, so that not all of its sample was run: {labels}."]
     if absent:
-        notes += ["", f"Not run: {', '.join(f'`{file}`' for file in absent)}."]
+        notes += ["", f"Not run: {', '.join(f'`{file}`' for file in dict.fromkeys(absent))}."]
     more = [] if options.files else left_out(options.tests)
     table = markdown(results, title="Transformer Engine's own tests, emulated", notes=notes, more=more)
     if options.output is None:

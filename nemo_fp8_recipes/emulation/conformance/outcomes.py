@@ -57,9 +57,9 @@ class Kept:
         first, *_ = read_entries(self.path) or [{}]
         return str(first.get("commit", ""))
 
-    def whole(self) -> bool:
+    def whole(self, *, of_any_sources: bool = False) -> bool:
         """Whether every test of the part has an outcome."""
-        entries = self.entries()
+        entries = self.entries(of_any_sources=of_any_sources)
         wanted = max((entry["run"] for entry in entries if "run" in entry), default=1)
         told = {entry["id"] for entry in entries if "id" in entry}
         return len(told) >= wanted and not _stopped(entries)

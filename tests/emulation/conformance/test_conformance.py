@@ -200,11 +200,13 @@ def test_a_file_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     main([*call, "--file-minutes", "0.4"])
     assert "| `test_recipe.py (b200)` | 3 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
     assert "stopped after 0.4 minutes" in table.read_text()
+    assert "not all of its sample was run: `test_recipe.py (b200)`." in table.read_text()
     main([*call, "--kept-only"])
     assert "| `test_recipe.py (b200)` | 3 | 1 | 1 | 0 | 0 | 0 |" in table.read_text()
     main(call)
     assert "| `test_recipe.py (b200)` | 3 | 3 | 3 | 0 | 0 | 0 |" in table.read_text()
     assert "stopped" not in table.read_text()
+    assert "Interrupted" not in table.read_text()
     assert ran.read_text() == "0112"  # the one that had ended was not run again
 
 

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fp8_recipes.config import alias_notes
 from nemo_fp8_recipes.preflight import Finding
-from nemo_fp8_recipes.startup import start
+from nemo_fp8_recipes.recipes.modules import recipes_of
+from nemo_fp8_recipes.startup import Start, start
 from nemo_fp8_recipes.training import frameworks
 from nemo_fp8_recipes.training.invocation import Invocation
 from nemo_fp8_recipes.training.layout import check_layout
@@ -49,7 +50,7 @@ def run_job(config: DictConfig, *, command: Sequence[str], overrides: Sequence[s
         versions=installed_versions(framework.distribution),
         device_label=job.device.label,
         emulated=job.device.emulated,
-        notes=(*alias_notes(overrides), *_worth_saying(job.findings)),
+        notes=(*alias_notes(overrides), *_worth_saying(job.findings), *_compiler_note(job)),
     )
     with memory_said():
         return framework.load()(settings, invocation)
@@ -74,3 +75,15 @@ def check(config: DictConfig) -> tuple[Settings, frameworks.Framework]:
 def _worth_saying(findings: Iterable[Finding]) -> list[str]:
     """What preflight found that does not stop the job, a line each."""
     return [f"{found.severity} [{found.code}] {found.sentence()}" for found in findings]
+
+
+def _compiler_note(job: Start) -> list[str]:
+    """That the first step of an emulated job waits for the compiler, where it does."""
+    quantises = any(recipe.precision != "bf16" for recipe in (job.recipe, *recipes_of(job.modules)))
+    if not (job.device.emulated and quantises):
+        return []
+    from nemo_fp8_recipes.emulation import kernels
+
+    if not kernels.must_compile():
+        return []
+    return ["The first step compiles the emulated device's kernels, once on this machine: some seconds."]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_fp8_recipes.errors import ConfigError, RunDirectoryError
+from nemo_fp8_recipes.errors import ConfigError, ReportError, RunDirectoryError
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
@@ -184,6 +184,24 @@ def test_alerts_after_the_step_a_run_resumes_from_are_forgotten(tmp_path: Path) 
         sink.values(alerted(number))
     sink.truncate_after(2)
     assert [alert.step for alert in store.read_alerts(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{half", "alerts.jsonl is damaged: a line of it is no JSON"),
+        ('{"step": 2}', "line 2 is no alert"),
+        ("[]", "line 2 is no alert"),
+    ],
+)
+def test_a_damaged_file_of_alerts_is_named(tmp_path: Path, line: str, says: str) -> None:
+    (sink,) = build(["parquet"], tmp_path, METADATA)
+    sink.values(alerted(1))
+    with (tmp_path / "telemetry" / "alerts.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ReportError, match=says) as raised:
+        store.read_alerts(tmp_path)
+    assert "Error(" not in str(raised.value)
 
 
 class LightningLogger:

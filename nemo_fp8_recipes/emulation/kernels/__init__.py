@@ -22,7 +22,14 @@ slower.
 from __future__ import annotations
 
 from nemo_fp8_recipes.emulation.kernels.build import SlowKernelsWarning
-from nemo_fp8_recipes.emulation.kernels.compiled import Library, for_codes, for_tensor, library, on_host
+from nemo_fp8_recipes.emulation.kernels.compiled import (
+    Library,
+    for_codes,
+    for_tensor,
+    library,
+    must_compile,
+    on_host,
+)
 from nemo_fp8_recipes.emulation.kernels.native import Quantized
 from nemo_fp8_recipes.emulation.kernels.nvfp4 import Nvfp4Direction
 
@@ -34,5 +41,6 @@ __all__ = [
     "for_codes",
     "for_tensor",
     "library",
+    "must_compile",
     "on_host",
 ]

@@ -27,7 +27,9 @@ __all__ = [
     "cache_directory",
     "compile_units",
     "find_compiler",
+    "kept_library",
     "load",
+    "must_compile",
 ]
 
 SOURCE = Path(__file__).parent / "source"
@@ -62,6 +64,26 @@ class CompilerFailedError(CannotBuildError):
     """The compiler refused the source or a flag."""
 
 
+def kept_library(compiler: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the library that `compiler` makes on this machine is kept, once it is made.
+
+    Raises:
+        OSError: there is no home directory.
+    """
+    return cache_directory(environ) / f"kernels-{_fingerprint(compiler)}.so"
+
+
+def must_compile(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `load` has to run the compiler first, which takes seconds."""
+    compiler = find_compiler(environ)
+    if compiler is None:
+        return False
+    try:
+        return not kept_library(compiler, environ).exists()
+    except OSError:
+        return True  # for this process only, see `load`
+
+
 def load(environ: Mapping[str, str] = os.environ) -> ctypes.CDLL:
     """The compiled library, built if the cache has none.
 
@@ -72,9 +94,8 @@ def load(environ: Mapping[str, str] = os.environ) -> ctypes.CDLL:
     if compiler is None:
         raise CannotBuildError("no C++ compiler was found (CXX, c++, g++, clang++)")
     try:
-        directory = cache_directory(environ)
-        directory.mkdir(parents=True, exist_ok=True)
-        kept = directory / f"kernels-{_fingerprint(compiler)}.so"
+        kept = kept_library(compiler, environ)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         if kept.exists():
             with contextlib.suppress(OSError):  # damaged, say: it is built again
                 return _open(kept)

@@ -22,7 +22,7 @@ from nemo_fp8_recipes.emulation.kernels.native import INPUTS
 from nemo_fp8_recipes.emulation.kernels.nvfp4 import Nvfp4Kernels
 from nemo_fp8_recipes.emulation.kernels.per_tensor import PerTensorKernels
 
-__all__ = ["Library", "for_codes", "for_tensor", "library", "on_host"]
+__all__ = ["Library", "for_codes", "for_tensor", "library", "must_compile", "on_host"]
 
 _SWITCH = "NEMO_FP8_KERNELS"
 
@@ -58,6 +58,11 @@ def library() -> Library | None:
                 _library = _find()
                 _looked = True
     return _library
+
+
+def must_compile() -> bool:
+    """Whether the first quantisation of this process waits, some seconds, for the compiler."""
+    return not _looked and os.environ.get(_SWITCH, "") != "eager" and build.must_compile()
 
 
 def for_tensor(x: Tensor) -> Library | None:

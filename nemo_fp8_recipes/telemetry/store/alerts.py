@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.telemetry.alerts.alert import Alert
@@ -32,14 +32,26 @@ def read_alerts(run_dir: str | Path) -> list[Alert]:
     """The alerts of a run in the order of their steps; empty where there were none.
 
     Raises:
-        ReportError: the file is damaged.
+        ReportError: the file cannot be read or is damaged.
     """
     path = Path(run_dir) / DIRECTORY / "alerts.jsonl"
     try:
-        return [Alert.from_dict(row) for row in read_lines(path)]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ReportError(
-            f"{path} is damaged: {error!r}.",
-            value=str(path),
-            hint="Move it away to read the rest of the run.",
-        ) from error
+        rows = read_lines(path)
+    except OSError as error:
+        raise ReportError(f"Cannot read {path}: {error.strerror or error}.", value=str(path)) from error
+    except ValueError as error:
+        raise _damaged(path, "a line of it is no JSON") from error
+    return [_alert(path, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def _alert(path: Path, number: int, row: Mapping[str, Any]) -> Alert:
+    try:
+        return Alert.from_dict(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"line {number} is no alert") from error
+
+
+def _damaged(path: Path, how: str) -> ReportError:
+    return ReportError(
+        f"{path} is damaged: {how}.", value=str(path), hint="Move it away to read the rest of the run."
+    )

@@ -225,7 +225,7 @@ def _guarded(part: Part, load: Callable[[], T]) -> T:
         if isinstance(error, FileNotFoundError):
             raise
         raise ReportError(
-            f"{part.path} is damaged: {error}.",
+            f"{part.path} is damaged: {str(error).rstrip('.')}.",
             value=str(part.path),
             hint="Move it away to read the rest of the run.",
         ) from error

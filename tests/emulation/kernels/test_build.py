@@ -60,10 +60,16 @@ def load_elsewhere(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 
 def test_it_is_compiled_once_and_kept(compiler: Mapping[str, str], tmp_path: Path) -> None:
+    assert build.must_compile(compiler)
     for _ in range(3):
         build.load(compiler)
+        assert not build.must_compile(compiler)
     assert calls(tmp_path) == 1
     assert len(cached(tmp_path)) == 1
+
+
+def test_without_a_compiler_nobody_waits_for_one(tmp_path: Path) -> None:
+    assert not build.must_compile({"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})
 
 
 def test_processes_that_build_at_once_all_get_a_whole_library(

@@ -1,17 +1,16 @@
 """What telemetry adds to the emulated training step of the default model, beside nvdlfw-inspect.
 
-    python benchmarks/telemetry_overhead.py [--rounds 5] [--cycles 8] [--recipe mxfp8] [-- overrides]
+    python benchmarks/telemetry_overhead.py [--rounds 5] [--steps 40] [--recipe mxfp8] [-- overrides]
 
 Each run is the job itself, `nemo-fp8 train`, in a process of its own, on one thread and in CPU time, which
-other programs disturb less than the clock on the wall. Within a run, steps without telemetry, with the cheap
-tier and with the stats tier take turns; a tier's time is the median of its steps. Handing a step's values to
-the sinks is counted to that step. Beside it stands the CPU time inside telemetry's own code, which is less
-noisy than a difference of steps. It is the sum of
+other programs disturb less than the clock on the wall. Each tier has a run: in it steps without telemetry
+and steps with the tier take turns; their times are the medians. Handing a step's values to the sinks is
+counted to that step. Beside it stands the CPU time inside telemetry's own code, which is less noisy than a
+difference of steps. It is the sum of
 
 - the mean of the recorder's calls, with what it does in every step, logging or not, such as handing the loss
   to TensorBoard;
-- the share of a logging step in the median writing of files, which comes every tenth of them and
-  would otherwise fall on one tier: there are as many steps of the stats tier among them, whose rows are more;
+- the share of a logging step in the median writing of files, which comes every tenth of them;
 - the median of what stands around Transformer Engine's quantising functions. The clocks around these
   functions are there in the steps without telemetry too, and what they take themselves is not counted.
 
@@ -38,7 +37,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-TIERS = ("none", "cheap", "none", "stats")
+TIERS = ("cheap", "stats")
 WARM_UP = 24
 """Steps that are not measured: by then every sink was flushed once, which imports and opens things."""
 FLUSH_EVERY = 10
@@ -79,7 +78,7 @@ def worker(contender: str, arguments: list[str]) -> int:
         spent, writing = [0.0], [0.0]
 
         def tier(number: int) -> str:
-            return TIERS[number % len(TIERS)] if contender == "telemetry" else "none"
+            return contender if contender in TIERS and number % 2 else "none"
 
         def timed(method):
             def call(*positional, **named):
@@ -120,7 +119,7 @@ def worker(contender: str, arguments: list[str]) -> int:
         def measured_step(self, position, *positional, **named):
             number = position.step + 1
             spent[0] = writing[0] = hooks[0] = theirs[0] = 0.0
-            if contender == "telemetry" and tier(number) == "none":
+            if contender in TIERS and tier(number) == "none":
                 clocks.open()
             begin = time.process_time()
             done = step(self, position, *positional, **named)
@@ -192,7 +191,7 @@ def run(contender: str, recipe: str, steps: int, overrides: list[str]) -> dict[s
         command = [sys.executable, __file__, "--worker", contender]
         command += [f"fp8_recipe={recipe}", f"training.steps={steps}", "training.eval_batches=0"]
         command += [f"telemetry.flush_every={FLUSH_EVERY}"]
-        command += [f"telemetry.enabled={contender == 'telemetry'}", f"run_dir={directory}/run", *overrides]
+        command += [f"telemetry.enabled={contender in TIERS}", f"run_dir={directory}/run", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": directory}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -214,33 +213,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default="mxfp8")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cycles", type=int, default=8, help="of four steps: none, cheap, none, stats")
+    parser.add_argument("--steps", type=int, default=40, help="of a run, every second with the tier")
     parser.add_argument("--inspect-steps", type=int, default=8, help="of nvdlfw-inspect; 0: leave it out")
     options = parser.parse_args(sys.argv[1:split])
     overrides = sys.argv[split + 1 :]
-    own, peer = [], []
+    own: dict[str, list[dict[str, dict[str, float]]]] = defaultdict(list)
+    peer = []
     for number in range(options.rounds):
-        own.append(run("telemetry", options.recipe, WARM_UP + len(TIERS) * options.cycles, overrides))
+        for name in TIERS:
+            own[name].append(run(name, options.recipe, WARM_UP + options.steps, overrides))
         if options.inspect_steps:
             peer.append(run("inspect", options.recipe, WARM_UP + options.inspect_steps, overrides))
         print(f"round {number + 1}/{options.rounds} done", file=sys.stderr)
-    base = [measured["step"]["none"] for measured in own]
     print(f"{options.recipe}: minimum / median / maximum of {options.rounds} runs, one thread, CPU time")
-    print(f"step without telemetry           {shown(base, scale=1e3, unit=' ms')}")
-    inside = [measured["inside"]["none"] for measured in own]
-    print(f"  inside the recorder            {shown(inside, scale=1e3, unit=' ms')}")
-    for name, interval in (("cheap", 1), ("stats", 100)):
-        added = [measured["step"][name] - measured["step"]["none"] for measured in own]
-        inside = [measured["inside"][name] for measured in own]
+    for name, interval in zip(TIERS, (1, 100), strict=True):
+        base = [measured["step"]["none"] for measured in own[name]]
+        added = [measured["step"][name] - measured["step"]["none"] for measured in own[name]]
+        inside = [measured["inside"][name] for measured in own[name]]
         share = [part / whole / interval for part, whole in zip(added, base, strict=True)]
         inner = [part / whole / interval for part, whole in zip(inside, base, strict=True)]
+        print(f"step without telemetry           {shown(base, scale=1e3, unit=' ms')}")
         print(f"{name} tier adds                  {shown(added, scale=1e3, unit=' ms')}")
         print(f"  of a step, every {interval:3} steps      {shown(share, scale=100, unit=' %')}")
         print(f"  inside telemetry               {shown(inside, scale=1e3, unit=' ms')}")
         print(f"    of a step                    {shown(inner, scale=100, unit=' %')}")
     if peer:
+        base = [measured["step"]["none"] for measured in own["stats"]]
         added = [theirs["step"]["inspect"] - whole for theirs, whole in zip(peer, base, strict=True)]
-        ours = [measured["step"]["stats"] - measured["step"]["none"] for measured in own]
+        ours = [measured["step"]["stats"] - measured["step"]["none"] for measured in own["stats"]]
         ratio = [mine / its for mine, its in zip(ours, added, strict=True)]
         print(f"nvdlfw-inspect adds              {shown(added, scale=1e3, unit=' ms')}")
         print(f"  stats tier / nvdlfw-inspect    {shown(ratio)}")

@@ -47,6 +47,12 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "TE compiles bias and GELU into one kernel; here they run singly and round to bf16 between",
     ),
     (
+        r"TestHybridAllModules::test_(layernorm_mlp|transformer_layer)",
+        r"not close|fc2_weight",
+        "what may differ is what differs, by more than TE saw with a GPU's random numbers: natively the amax "
+        "of the second linear's input is taken before it is rounded",
+    ),
+    (
         r"test_mxfp8_qfactory_uses_plain_bf16_mha_boundaries",
         r"fp8_o",
         "it watches fused attention, in whose place the unfused one runs",

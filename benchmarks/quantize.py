@@ -1,6 +1,6 @@
 """Quantising a matrix on a CPU core: the emulated device's kernels beside torch, torch.compile and torchao.
 
-    python benchmarks/quantize.py [--size 2048] [--threads 1] [--rounds 9]
+    python benchmarks/quantize.py [--size 2048] [--dtype float32] [--threads 1] [--rounds 9]
 
 Same tensor, same thread count, in turn; with one thread CPU time is measured, which other programs disturb
 less. The ratios of a table are to our kernel: 5 means five times slower. The last table counts bytes read and
@@ -26,6 +26,15 @@ from nemo_fp8_recipes.emulation.kernels import Library, Nvfp4Direction, Quantize
 from nemo_fp8_recipes.numerics import E4M3, amax, blockwise, fp4, hadamard, mxfp8, nvfp4, tensorwise
 
 OURS = "ours"
+MOVED = {
+    "MXFP8, rowwise": (1, 1.03),
+    "MXFP8, rowwise and columnwise": (1, 2.06),
+    "per tensor, current scaling": (2, 1.0),
+    "blockwise 1x128, rowwise": (1, 1.03),
+    "NVFP4, rowwise": (2, 0.56),
+    "NVFP4 of a bf16 gradient": (2, 1.13),
+}
+"""How often a kernel reads the tensor, and bytes it writes an element."""
 
 
 def mxfp8_contenders(x: torch.Tensor, kernels: Library) -> dict[str, Callable[[], object]]:
@@ -147,7 +156,8 @@ def nvfp4_gradient_contenders(x: torch.Tensor, kernels: Library) -> dict[str, Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=int, default=2048, help="rows and columns of the fp32 matrix")
+    parser.add_argument("--size", type=int, default=2048, help="rows and columns of the matrix")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its elements")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
@@ -156,9 +166,9 @@ def main() -> None:
     if kernels is None:
         raise SystemExit("There are no compiled kernels to measure here.")
     size = options.size
-    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(getattr(torch, options.dtype))
     target = torch.empty_like(x)
-    print(f"{size} x {size} fp32, {options.threads} thread(s), torch {torch.__version__}\n")
+    print(f"{size} x {size} {options.dtype}, {options.threads} thread(s), torch {torch.__version__}\n")
     best: dict[str, list[float]] = {}
     for title, contenders in (
         ("MXFP8, rowwise", mxfp8_contenders(x, kernels)),
@@ -176,11 +186,10 @@ def main() -> None:
         "share of copy_'s bandwidth that our kernels reach (bytes read and written, what is read for an amax"
     )
     print("and again for the codes counted twice; min, median, max)")
-    moved = {"MXFP8, rowwise": 5.03, "MXFP8, rowwise and columnwise": 6.06}  # bytes an element
-    moved |= {"per tensor, current scaling": 9.0, "blockwise 1x128, rowwise": 5.03}
-    moved |= {"NVFP4, rowwise": 8.56, "NVFP4 of a bf16 gradient": 5.13}
     for title, ratios in best.items():
-        shares = sorted(moved[title] / 8.0 / ratio for ratio in ratios)
+        reads, written = MOVED[title]
+        element = 2 if "bf16" in title else x.element_size()
+        shares = sorted((reads * element + written) / (2 * x.element_size()) / ratio for ratio in ratios)
         print(f"  {title:32} {shares[0]:5.0%} {statistics.median(shares):5.0%} {shares[-1]:5.0%}")
 
 

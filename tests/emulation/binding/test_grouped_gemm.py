@@ -432,50 +432,39 @@ def test_biases_that_do_not_fit(te, tex, blackwell):
         biased("scale must be float32", good, bias_scale=torch.ones(512).bfloat16())
 
 
+def multiply_grouped(tex, *, experts, setup_bytes):
+    """The GEMM over grouped tensors with factors for `experts` of them."""
+    a, b, d = make("TN")
+    factors = torch.ones(experts)
+    tex.te_general_grouped_gemm_for_grouped_tensor(
+        wrap(torch.cat(a)),
+        True,
+        wrap(torch.cat(b), TOKENS),
+        False,
+        wrap(torch.cat(d), TOKENS),
+        None,
+        None,
+        factors,
+        factors,
+        torch.empty(setup_bytes, dtype=torch.uint8),
+        torch.empty(33 << 20, dtype=torch.uint8),
+        True,
+        0,
+    )
+
+
 @since("2.17")
 def test_an_architecture_without_grouped_gemms(te, tex, pose):
     pose((12, 0))
-    a, b, d = make("TN")
-    one = torch.ones(1)
     with pytest.raises(RuntimeError, match=r"requires Hopper \(SM90\) or Blackwell"):
-        tex.te_general_grouped_gemm_for_grouped_tensor(
-            wrap(torch.cat(a)),
-            True,
-            wrap(torch.cat(b), TOKENS),
-            False,
-            wrap(torch.cat(d), TOKENS),
-            None,
-            None,
-            one,
-            one,
-            torch.empty(4096, dtype=torch.uint8),
-            torch.empty(33 << 20, dtype=torch.uint8),
-            True,
-            0,
-        )
+        multiply_grouped(tex, experts=1, setup_bytes=4096)
 
 
 @since("2.17")
 @pytest.mark.parametrize(("experts", "size"), [(1, 7 * 16 + 8 + 28 + 256), (4, 8 * 32 + 28 * 4 + 256)])
 def test_workspaces(te, tex, blackwell, experts, size):
     assert tex.get_grouped_gemm_setup_workspace_size(experts) == size
-    a, b, d = make("TN")
-    one = torch.ones(EXPERTS)
     with pytest.raises(
         RuntimeError, match=r"Insufficient Grouped GEMM setup workspace\. Required: 624 bytes"
     ):
-        tex.te_general_grouped_gemm_for_grouped_tensor(
-            wrap(torch.cat(a)),
-            True,
-            wrap(torch.cat(b), TOKENS),
-            False,
-            wrap(torch.cat(d), TOKENS),
-            None,
-            None,
-            one,
-            one,
-            torch.empty(8, dtype=torch.uint8),
-            torch.empty(33 << 20, dtype=torch.uint8),
-            True,
-            0,
-        )
+        multiply_grouped(tex, experts=EXPERTS, setup_bytes=8)

@@ -53,6 +53,16 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "of the second linear's input is taken before it is rounded",
     ),
     (
+        r"test_single_grouped_weight_rejects_host_m_splits",
+        r"DID NOT RAISE",
+        "a host tensor of token counts passes for one of the device here",
+    ),
+    (
+        r"test_grouped_linear_fused_path_fp8_block_scaling_blackwell_error",
+        r"DID NOT RAISE",
+        "passes alone: tests of CUDA graphs that fail before it leave Transformer Engine's state behind",
+    ),
+    (
         r"test_mxfp8_qfactory_uses_plain_bf16_mha_boundaries",
         r"fp8_o",
         "it watches fused attention, in whose place the unfused one runs",

@@ -115,14 +115,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         message = str(report.longrepr)  # a test that was expected to fail, and passed
     elif report.failed and call.excinfo is not None:
         message = f"{call.excinfo.typename}: {call.excinfo.value}"[:400]
-        message = " ".join([message, *_RANK_ERROR.findall(report.capstderr)[:1]])
+        # Each once: what one rank says first may be of another's end.
+        of_ranks = dict.fromkeys(_RANK_ERROR.findall(report.capstderr))
+        message = " ".join([message, *list(of_ranks)[:3]])
         where = [f"{Path(str(entry.path)).name}:{entry.lineno + 1}" for entry in call.excinfo.traceback][-6:]
     _note(
         item.config,
         {
             "id": item.nodeid,
             "outcome": report.outcome,
-            "message": message[:600],
+            "message": message[:1000],
             "where": where,
             "seconds": round(report.duration, 2),
         },

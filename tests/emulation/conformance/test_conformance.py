@@ -285,7 +285,8 @@ def test_what_ended_a_rank_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = tmp_path / "t.md"
     monkeypatch.setattr(conformance, "SUITE", (Part("test_recipe.py", processes=2),))
     assert main([str(tmp_path), "test_recipe.py", "--output", str(table)]) == 1
-    assert "ValueError: of this rank" in table.read_text()
+    told = table.read_text()
+    assert "ValueError: of this rank" in told, told
 
 
 def test_every_file_of_the_source_tree_has_a_verdict(tmp_path: Path) -> None:

@@ -115,9 +115,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         message = str(report.longrepr)  # a test that was expected to fail, and passed
     elif report.failed and call.excinfo is not None:
         message = f"{call.excinfo.typename}: {call.excinfo.value}"[:400]
-        # Each once: what one rank says first may be of another's end.
+        # Before the command that failed, whose paths may be long. Each once: what one rank says may be of
+        # another's end.
         of_ranks = dict.fromkeys(_RANK_ERROR.findall(report.capstderr))
-        message = " ".join([message, *list(of_ranks)[:3]])
+        message = " ".join([*list(of_ranks)[:3], message])
         where = [f"{Path(str(entry.path)).name}:{entry.lineno + 1}" for entry in call.excinfo.traceback][-6:]
     _note(
         item.config,

@@ -92,6 +92,8 @@ class OperationLinear:
         return {}  # an operation quantises its weight in every forward pass
 
     def __getattr__(self, name: str) -> Any:
+        if name == "module":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.module, name)
 
 

@@ -4,6 +4,8 @@ are read by the names of the modules.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -217,6 +219,13 @@ def test_a_plain_recipe_changes_with_all_its_options():
     scales = [scale[column].item() for one in linears(model) for _, scale, column in one.scale_columns()]
     assert len(scales) == 6
     assert 1.0 not in scales
+
+
+def test_what_is_read_of_an_operation_can_be_copied():
+    one = linears(plain())[0]
+    copied = copy.copy(one.module)
+    assert type(copied) is type(one.module)
+    assert copied.module is one.module.module
 
 
 def test_a_weight_that_is_stored_quantised_keeps_its_recipe():

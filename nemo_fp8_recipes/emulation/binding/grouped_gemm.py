@@ -122,9 +122,9 @@ def _grouped(
     name, api = "te_general_grouped_gemm_for_grouped_tensor", "nvte_grouped_gemm"
     check_counts(name, A.num_tensors, A.num_tensors, B.num_tensors, D.num_tensors)
     check_factors(alpha, beta, A.num_tensors)
-    check_device(api)
+    check_device(api, alpha, beta, A.num_tensors)
     a, b = matrices_of_group("A", A), matrices_of_group("B", B)
-    check_operands(a, b, listed=False)
+    check_operands(a, b)
     check_outputs(a, b, _dtype_of(D), "outputs")
     _check_reading(api, a, transa, b, transb)
     check_workspaces(workspace_setup, workspace_cublas, len(a))
@@ -151,9 +151,9 @@ def _discrete_in(
     name, api = "te_general_grouped_gemm_for_discrete_in", "nvte_grouped_gemm_with_discrete_inputA"
     check_counts(name, B.num_tensors, len(A), B.num_tensors, D.num_tensors)
     check_factors(alpha, beta, B.num_tensors)
-    check_device(api)
+    check_device(api, alpha, beta, B.num_tensors)
     a, b = matrices_of_list("A", A), matrices_of_group("B", B)
-    check_operands(a, b, listed=True)
+    check_operands(a, b)
     check_outputs(a, b, _dtype_of(D), "outputs")
     _check_reading(api, a, transa, b, transb)
     check_workspaces(workspace_setup, workspace_cublas, len(a))
@@ -181,9 +181,9 @@ def _discrete_out(
     nvte_check(bias is None, GEMM, "Bias is not supported for discrete output grouped GEMM.")
     check_counts(name, A.num_tensors, A.num_tensors, B.num_tensors, len(D))
     check_factors(alpha, beta, A.num_tensors)
-    check_device(api)
+    check_device(api, alpha, beta, A.num_tensors)
     a, b = matrices_of_group("A", A), matrices_of_group("B", B)
-    check_operands(a, b, listed=False)
+    check_operands(a, b)
     check_outputs(a, b, D[0].dtype, "D")
     _check_reading(api, a, transa, b, transb)
     check_workspaces(workspace_setup, workspace_cublas, len(a))
@@ -239,7 +239,7 @@ def _multiply_all(
     beta: Tensor,
     split_accumulator: bool,
 ) -> None:
-    alphas, betas = (factor.detach().expand(len(a)).tolist() for factor in (alpha, beta))
+    alphas, betas = (factor.detach().reshape(-1).expand(len(a)).tolist() for factor in (alpha, beta))
     for number, output in enumerate(outputs):
         if 0 in a.shapes[number] or 0 in b.shapes[number]:
             _scale(output, betas[number])  # of an expert without tokens only the sum's other term is left

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.grouped_operands import CUBLAS, MOST_MATRICES, Matrices, group_members
 from nemo_fp8_recipes.emulation.binding.operands import NVFP4_SCALING
@@ -83,6 +83,15 @@ def check_factors(alpha: Tensor, beta: Tensor, count: int) -> None:
         f"Grouped GEMM expects beta to have the same number of elements as alpha ({alpha.numel()}), "
         f"got {beta.numel()}",
     )
+
+
+def check_device(api: str, alpha: Tensor, beta: Tensor, count: int) -> None:
+    """That the posing device has grouped GEMMs, and takes so many factors; its cuBLAS has."""
+    arch = sm_arch()
+    if release().name == "2.14":
+        nvte_check(arch >= 100, CUBLAS, f"{api} requires Blackwell (SM100) or newer architecture.")
+        return
+    nvte_check(90 <= arch <= 110, CUBLAS, f"{api} requires Hopper (SM90) or Blackwell (SM10x and SM110).")
     wanted, described = (count, "num_tensors") if one_factor_a_matrix() else (1, "1")
     for name, factor in (("alpha", alpha), ("beta", beta)):
         nvte_check(
@@ -92,32 +101,18 @@ def check_factors(alpha: Tensor, beta: Tensor, count: int) -> None:
         )
 
 
-def check_device(api: str) -> None:
-    """That the posing device has grouped GEMMs; its cuBLAS has."""
-    arch = sm_arch()
-    if release().name == "2.14":
-        nvte_check(arch >= 100, CUBLAS, f"{api} requires Blackwell (SM100) or newer architecture.")
-        return
-    nvte_check(90 <= arch <= 110, CUBLAS, f"{api} requires Hopper (SM90) or Blackwell (SM10x and SM110).")
-
-
-def check_operands(a: Matrices, b: Matrices, *, listed: bool) -> None:
-    """Element types of A and B, and that they fit each other.
-
-    Args:
-        a, b: the matrices.
-        listed: A is a list, of which TE's messages speak otherwise.
-    """
+def check_operands(a: Matrices, b: Matrices) -> None:
+    """Element types of A and B, and that they fit each other. Of a list TE's messages speak otherwise."""
     old = release().name == "2.14"
     known = ("e4m3", "e5m2", "bf16", "fp16") if old else ("e4m3", "e5m2", "e2m1", "bf16", "fp16")
-    for side in (b,) if listed else (a, b):
+    for side in (b,) if a.listed else (a, b):
         nvte_check(
             side.format in known or not (side.has_rows or side.has_columns),
             CUBLAS,
             f"Grouped GEMM inputs must be FP8, {'' if old else 'NVFP4, '}BF16, or FP16, "
             f"got {_NAMES.get(side.format, side.format)}.",
         )
-    if listed:
+    if a.listed:
         kinds = "FP8, BF16, or FP16" if old else "FP8, NVFP4, BF16, or FP16"
         nvte_check(a.format in known, CUBLAS, f"Grouped GEMM: A_list tensors must be {kinds}.")
         nvte_check(
@@ -135,7 +130,7 @@ def check_operands(a: Matrices, b: Matrices, *, listed: bool) -> None:
         CUBLAS,
         "Grouped GEMM: A and B must both be NVFP4 or both be non-NVFP4.",
     )
-    if not listed or old:
+    if not a.listed or old:
         nvte_check(
             (a.scaling == "mxfp8") == (b.scaling == "mxfp8"),
             CUBLAS,
@@ -208,15 +203,14 @@ def check_scalings(api: str, a: Matrices, b: Matrices) -> None:
 def check_amax(side: Matrices, transposed: bool) -> None:
     """That NVFP4's global scale can be found."""
     direction = "columnwise" if transposed == (side.name == "B") else "rowwise"
-    nvte_check(
-        side.scaling != NVFP4_SCALING or side.has_amax[direction],
-        CUBLAS,
-        f"Grouped GEMM: NVFP4 {side.name} is missing amax.",
-    )
+    there = side.has_amax.get(direction, ()) if side.scaling == NVFP4_SCALING else ()
+    if not all(there):
+        which = f"{side.name}_list tensor {there.index(False)}" if side.listed else side.name
+        nvte_error(CUBLAS, f"Assertion failed. Grouped GEMM: NVFP4 {which} is missing amax.")
 
 
 def check_workspaces(setup: Tensor, cublas: Tensor, count: int) -> None:
-    """Sizes and place of the workspaces, which are not used here."""
+    """Sizes of the workspaces, which are not used here."""
     for name, workspace, needed in (
         ("Grouped GEMM setup workspace", setup, setup_workspace_size(count)),
         ("Grouped GEMM cuBLAS workspace", cublas, _CUBLAS_WORKSPACE),

@@ -48,8 +48,10 @@ class Matrices:
         format: "e4m3", "e5m2", "e2m1", "fp32", "bf16", "fp16", or another dtype.
         scaling: "none", "tensorwise-or-delayed", "mxfp8", "nvfp4", "block_1d", "block_2d".
         swizzled: whether scales lie in the GEMM's order.
-        has_amax: by direction, "rowwise" and "columnwise": whether NVFP4's amax is there.
+        has_amax: by direction, "rowwise" and "columnwise": whether NVFP4's amaxes are there; of a list, one
+            by one.
         take: the tensor of a number, as a GEMM of its own reads it.
+        listed: they were given as a list.
     """
 
     name: str
@@ -59,8 +61,9 @@ class Matrices:
     format: str
     scaling: str
     swizzled: bool
-    has_amax: dict[str, bool]
+    has_amax: dict[str, tuple[bool, ...]]
     take: Callable[[int], Any]
+    listed: bool = False
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -156,7 +159,7 @@ def matrices_of_group(name: str, grouped: Any) -> Matrices:
         _scaling_of(quantizer),
         # GEMMs bring MXFP8's scales in order by themselves.
         bool(grouped._with_gemm_swizzled_scales) or type(quantizer) is te_classes().mxfp8_quantizer,
-        {"rowwise": grouped.amax is not None, "columnwise": grouped.columnwise_amax is not None},
+        {"rowwise": (grouped.amax is not None,), "columnwise": (grouped.columnwise_amax is not None,)},
         lambda number: _quantized(grouped, group, number),
     )
 
@@ -255,10 +258,11 @@ def matrices_of_list(name: str, tensors: Sequence[Any]) -> Matrices:
         first.scaling,
         True,  # GEMMs bring the scales of a list in order by themselves
         {
-            direction: all(each.amax[direction] for each in described)
+            direction: tuple(each.amax[direction] for each in described)
             for direction in ("rowwise", "columnwise")
         },
         lambda number: tensors[number],
+        listed=True,
     )
 
 

@@ -368,6 +368,9 @@ def test_nvfp4_has_limits_of_its_own(te, tex, blackwell):
     ready.amax = None
     with pytest.raises(RuntimeError, match="NVFP4 B is missing amax"):
         gemm(te)(weights, ready, out, layout="TN")
+    weights[2]._amax_rowwise = None
+    with pytest.raises(RuntimeError, match="NVFP4 A_list tensor 2 is missing amax"):
+        gemm(te)(weights, grouped_operand(tex, b, nvfp4(te), False), out, layout="TN")
 
 
 def test_missing_directions(te, tex, blackwell):
@@ -458,6 +461,8 @@ def test_an_architecture_without_grouped_gemms(te, tex, pose):
     pose((12, 0))
     with pytest.raises(RuntimeError, match=r"requires Hopper \(SM90\) or Blackwell"):
         multiply_grouped(tex, experts=1, setup_bytes=4096)
+    with pytest.raises(RuntimeError, match=r"requires Hopper \(SM90\) or Blackwell"):
+        multiply_grouped(tex, experts=EXPERTS, setup_bytes=4096)
 
 
 @since("2.17")

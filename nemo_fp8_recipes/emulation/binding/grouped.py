@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.dtypes import fp8_format, require_high_precision
 from nemo_fp8_recipes.emulation.binding.grouped_layout import (
     ATTRIBUTES,
@@ -31,6 +31,7 @@ from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, swizzle
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, amax_of
 from nemo_fp8_recipes.emulation.binding.releases import release
+from nemo_fp8_recipes.emulation.binding.storage import Layout
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 from nemo_fp8_recipes.numerics.scale import reciprocal, scale_from_amax
 
@@ -42,6 +43,11 @@ __all__ = [
 ]
 
 SOURCE = "pytorch/csrc/extensions/cast.cpp"
+_FORMATS = {
+    False: "only support NVFP4 or MXFP8 quantizer.",
+    True: "only supports MXFP8, NVFP4, Float8CurrentScalingQuantizer, or Float8Blockwise quantizer.",
+}
+"""What is said of other quantizers, by `groups_of_every_format`."""
 
 
 def group_quantize(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +107,9 @@ def _quantize_group(
 ) -> Any:
     nvte_check(tensor.dim() == 2, SOURCE, "Tensor must be 2D")
     require_high_precision(tensor)
-    layout = layout_of_group(quantizer, caller)
+    layout = layout_of_group(quantizer)
+    if layout is None:
+        nvte_error(SOURCE, f"group_quantize: {_FORMATS[release().groups_of_every_format]}")
     nvte_check(
         layout is not NVFP4 or last_dims is None,
         SOURCE,
@@ -122,10 +130,16 @@ def _quantize_group(
     skip = noop_flag is not None and noop_flag.reshape(-1)[0].item() == 1.0
     if tensor.numel() == 0:
         return output
+    nvte_check(
+        tensor.is_contiguous(),
+        SOURCE,
+        f"{caller}: the tensor has to be contiguous, and its strides are {tensor.stride()}: the kernels read "
+        "what lies behind its address. Pass tensor.contiguous().",
+    )
     check_quantizable(layout, quantizer, group, tensor)
     if skip:
         return output
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().view(-1)
     parts = [
         flat[start : start + math.prod(shape)].view(shape)
         for start, shape in zip(group.starts, group.shapes, strict=True)
@@ -138,7 +152,7 @@ def _quantize_group(
         if layout is CURRENT:
             _cast_per_tensor(part, quantizer, group, number, output)
         else:
-            _quantize_member(part, quantizer, group, number, output, amaxes, swizzled)
+            _quantize_member(part, layout, quantizer, group, number, output, amaxes, swizzled)
     return output
 
 
@@ -168,8 +182,9 @@ def _check_output(output: Any, group: Group, num_tensors: int, quantizer: Any) -
     nvte_check(
         tuple(output.logical_shape) == group.logical,
         SOURCE,
-        "group_quantize: output has a different logical shape.",
+        "group_quantize: output has an incompatible logical shape.",
     )
+    nvte_check(output.quantizer is not None, SOURCE, "group_quantize: output must have quantized storage.")
     nvte_check(
         output.quantizer is quantizer,
         SOURCE,
@@ -179,6 +194,7 @@ def _check_output(output: Any, group: Group, num_tensors: int, quantizer: Any) -
 
 def _quantize_member(
     x: Tensor,
+    layout: Layout,
     quantizer: Any,
     group: Group,
     number: int,
@@ -186,7 +202,6 @@ def _quantize_member(
     amaxes: dict[str, Tensor] | None,
     swizzled: bool,
 ) -> None:
-    layout = layout_of_group(quantizer, "group_quantize")
     given = None
     if amaxes is not None:
         given = {
@@ -245,20 +260,28 @@ def _quantize_group_with_bias(
     tensor_offsets: Tensor | None = None,
 ) -> tuple[Any, Tensor]:
     classes = te_classes()
-    known = [classes.mxfp8_quantizer]
+    nvte_check(tensor.dim() == 2, SOURCE, "Tensor must be 2D")
+    nvte_check(
+        last_dims is None,
+        SOURCE,
+        "bgrad_group_quantize: varying last dim is not supported because the underlying MXFP8 dbias kernel "
+        "requires a constant last dimension across grouped tensors.",
+    )
+    nvte_check(
+        tensor.numel() > 0 or release().name != "2.14",
+        SOURCE,
+        "bgrad_group_quantize: empty input tensor is not supported.",
+    )
+    known, says = [classes.mxfp8_quantizer], "only MXFP8 quantizer is supported."
     if release().groups_of_every_format:
         known.append(classes.blockwise_quantizer)
-    nvte_check(last_dims is None, SOURCE, "bgrad_group_quantize: varying last dim is not supported.")
-    nvte_check(
-        type(quantizer) in known,
-        SOURCE,
-        "bgrad_group_quantize: only MXFP8 and FP8 block-scaling quantizers are supported.",
-    )
+        says = "only MXFP8 and FP8 block-scaling quantizers are supported."
+    nvte_check(type(quantizer) in known, SOURCE, f"bgrad_group_quantize: {says}")
     grouped = _quantize_group(
         tensor, quantizer, num_tensors, first_dims, None, tensor_offsets, caller="bgrad_group_quantize"
     )
     group = group_of(tuple(tensor.shape), num_tensors, first_dims, None, tensor_offsets)
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().reshape(-1)
     sums = [
         flat[start : start + math.prod(shape)].view(shape).sum(dim=0, dtype=torch.float32)
         for start, shape in zip(group.starts, group.shapes, strict=True)

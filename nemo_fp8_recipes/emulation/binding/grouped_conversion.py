@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding import operands
+from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.dtypes import torch_dtype
 from nemo_fp8_recipes.emulation.binding.grouped import group_quantize
@@ -21,14 +22,12 @@ from nemo_fp8_recipes.emulation.binding.grouped_layout import (
     ATTRIBUTES,
     Group,
     group_of,
-    layout_of_group,
     make_group,
     member,
     with_usage,
 )
+from nemo_fp8_recipes.emulation.binding.grouped_limits import check_dequantizable
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8, swizzle
-from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
-from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT
 from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 
@@ -52,20 +51,12 @@ def _members(grouped: Any) -> tuple[Any, Group]:
 
 
 def group_dequantize(input: Any, otype: Any) -> Any:
-    """High-precision grouped tensor; from rowwise data where there is some."""
+    """High-precision grouped tensor, of a group that has data of one direction."""
     dtype = torch_dtype(otype)
     quantizer, group = _members(input)
-    layout = layout_of_group(quantizer, "group_dequantize")
-    nvte_check(
-        layout is not NVFP4 and layout is not CURRENT,
-        "common/cast/dispatch/dequantize.cuh",
-        "Grouped dequantize not implemented for this scaling mode.",
-    )
-    nvte_check(
-        not input._with_gemm_swizzled_scales,
-        "common/cast/mxfp8/group_dequantize_mxfp8.cuh",
-        "Input must have scales in compact format.",
-    )
+    if math.prod(group.logical):
+        check_dequantizable(input, group)
+    layout = BLOCKWISE if type(input.quantizer) is te_classes().blockwise_quantizer else MXFP8
     out = torch.empty(math.prod(group.logical), dtype=dtype)
     columnwise = input.rowwise_data is None
     for number, shape in enumerate(group.shapes):

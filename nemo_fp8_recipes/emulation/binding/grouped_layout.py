@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
 from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT
@@ -87,7 +87,7 @@ def group_of(
     """Read the shapes of the members.
 
     Raises:
-        RuntimeError: metadata of another dtype or length, in TE's words.
+        RuntimeError: metadata of another dtype or length, in TE's words; members beyond the tensor.
     """
     for name, metadata, length in (
         ("first_dims", first_dims, num_tensors),
@@ -97,6 +97,7 @@ def group_of(
         if metadata is not None:
             nvte_check(metadata.dtype == torch.int64, SOURCE, f"{name} must have dtype int64.")
             nvte_check(metadata.numel() == length, SOURCE, f"{name} must have length {length}.")
+    nvte_check(num_tensors > 0, "common/transformer_engine.cpp", "Number of tensors must be greater than 0")
     rows, columns = logical
     common = rows if last_dims is not None else rows // num_tensors
     firsts = [common] * num_tensors if first_dims is None else [int(n) for n in first_dims.tolist()]
@@ -110,27 +111,24 @@ def group_of(
         starts = tuple(number * math.prod(shapes[0]) for number in range(num_tensors))
     else:
         starts = tuple(int(start) for start in offsets.tolist()[:-1])
+    # On a GPU the kernels would go on behind the buffer.
+    end = max(start + math.prod(shape) for start, shape in zip(starts, shapes, strict=True))
+    nvte_check(
+        end <= rows * columns,
+        SOURCE,
+        f"The members of the group end at element {end} of {rows * columns}; first_dims, last_dims and "
+        "tensor_offsets have to fit the tensor.",
+    )
     return Group((rows, columns), shapes, starts, first_dims, last_dims, offsets)
 
 
-def layout_of_group(quantizer: Any, caller: str) -> Layout:
-    """The layout of the members.
-
-    Raises:
-        RuntimeError: a quantizer that this release makes no groups with.
-    """
+def layout_of_group(quantizer: Any) -> Layout | None:
+    """The layout of the members; None of a quantizer that this release makes no groups with."""
     classes = te_classes()
-    kind = type(quantizer)
-    if kind is classes.mxfp8_quantizer:
-        return MXFP8
-    if kind is classes.nvfp4_quantizer:
-        return NVFP4
+    layouts: dict[type, Layout] = {classes.mxfp8_quantizer: MXFP8, classes.nvfp4_quantizer: NVFP4}
     if release().groups_of_every_format:
-        if kind is classes.tensorwise_quantizer:
-            return CURRENT
-        if kind is classes.blockwise_quantizer:
-            return BLOCKWISE
-    return nvte_error("pytorch/csrc/extensions/cast.cpp", f"{caller}: not supported with {kind.__name__}.")
+        layouts |= {classes.tensorwise_quantizer: CURRENT, classes.blockwise_quantizer: BLOCKWISE}
+    return layouts.get(type(quantizer))
 
 
 def with_usage(quantizer: Any, *, rowwise: bool, columnwise: bool) -> Any:

@@ -1,8 +1,8 @@
-"""Which groups the kernels of Transformer Engine quantise.
+"""Which groups the kernels of Transformer Engine quantise, and dequantise.
 
 Follows `group_quantize_nvfp4_impl` in `pytorch/csrc/extensions/cast.cpp`, and in `common/`
-`cast/mxfp8/group_quantize_mxfp8.cuh`, `cast/core/grouped_layout.cuh`, `cast/fp8/group_quantize_fp8.cuh`,
-`cast/fp8_blockwise/group_quantize_fp8_blockwise.cuh` and
+`cast/dispatch/dequantize.cuh`, `cast/mxfp8/group_(de)quantize_mxfp8.cuh`, `cast/core/grouped_layout.cuh`,
+`cast/fp8/group_quantize_fp8.cuh`, `cast/fp8_blockwise/group_(de)quantize_fp8_blockwise.cuh` and
 `hadamard_transform/graph_safe_group_row_cast_col_hadamard_transform_cast_fusion.cu`. What a kernel finds out
 on the device ends a program on a GPU (`NVTE_DEVICE_ERROR`); here it is an error like the others.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemo_fp8_recipes.emulation.binding.blockwise import BLOCKWISE
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
 from nemo_fp8_recipes.emulation.binding.device import sm_arch
 from nemo_fp8_recipes.emulation.binding.grouped_layout import Group
 from nemo_fp8_recipes.emulation.binding.mxfp8 import MXFP8
@@ -20,15 +20,19 @@ from nemo_fp8_recipes.emulation.binding.nvfp4 import NVFP4
 from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT
 from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import Layout
+from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_quantizable"]
+__all__ = ["check_dequantizable", "check_quantizable"]
 
 CAST = "pytorch/csrc/extensions/cast.cpp"
+DEQUANTIZE = "common/cast/dispatch/dequantize.cuh"
 GROUPS = "common/cast/core/grouped_layout.cuh"
 TILE = 128
+MOST = 64
+"""Members that the kernels have room for, of those that have to be told apart."""
 
 
 def check_quantizable(layout: Layout, quantizer: Any, group: Group, x: Tensor) -> None:
@@ -53,6 +57,72 @@ def check_quantizable(layout: Layout, quantizer: Any, group: Group, x: Tensor) -
         _check_per_tensor(quantizer, group, x)
 
 
+def check_dequantizable(grouped: Any, group: Group) -> None:
+    """That there is a kernel that dequantises this group, which is not empty.
+
+    Raises:
+        RuntimeError: there is none, in TE's words.
+    """
+    classes = te_classes()
+    kind = type(grouped.quantizer)
+    if kind is classes.mxfp8_quantizer:
+        _check_mxfp8_values(grouped, group)
+    elif kind is classes.blockwise_quantizer and release().groups_of_every_format:
+        _check_blockwise_values(grouped, group)
+    else:
+        nvfp4 = kind is classes.nvfp4_quantizer
+        mode = "NVTE_NVFP4_1D_SCALING" if nvfp4 else "NVTE_DELAYED_TENSOR_SCALING"
+        nvte_error(DEQUANTIZE, f"Grouped dequantize not implemented for scaling mode: {mode}.")
+
+
+def _both(grouped: Any) -> bool:
+    return grouped.rowwise_data is not None and grouped.columnwise_data is not None
+
+
+def _check_mxfp8_values(grouped: Any, group: Group) -> None:
+    source = "common/cast/mxfp8/group_dequantize_mxfp8.cuh"
+    if sm_arch() < 100:
+        nvte_error(DEQUANTIZE, "MXFP8 Grouped Dequantization is NOT supported by architectures < 10.0")
+    nvte_check(
+        not _both(grouped),
+        source,
+        "Dequantize only supports rowwise or columnwise scaling, not both simultaneously.",
+    )
+    nvte_check(not grouped._with_gemm_swizzled_scales, source, "Input must have scales in compact format.")
+    _check_descriptors(group, source)
+    nvte_check(
+        group.last_dims is None or group.logical[1] % TILE == 0,
+        source,
+        "Last dimension of a grouped tensor should be divisible by 128.",
+    )
+
+
+def _check_blockwise_values(grouped: Any, group: Group) -> None:
+    source = "common/cast/fp8_blockwise/group_dequantize_fp8_blockwise.cuh"
+    nvte_check(
+        90 <= sm_arch() < 100,
+        source,
+        f"Grouped FP8 block-scaling dequantize is only supported on Hopper (SM90-SM99); got SM{sm_arch()}.",
+    )
+    nvte_check(
+        not _both(grouped),
+        source,
+        "Grouped FP8 block-scaling dequantize accepts exactly one direction at a time (not both rowwise and "
+        "columnwise simultaneously).",
+    )
+    nvte_check(
+        group.last_dims is None,
+        source,
+        "Grouped FP8 block-scaling dequantize supports only SAME_BOTH_DIMS and VARYING_FIRST_DIM shape "
+        "representations.",
+    )
+    nvte_check(
+        group.logical[1] % TILE == 0,
+        source,
+        f"Last dim must be a multiple of 128 for FP8 block-scaling dequantize (got {group.logical[1]}).",
+    )
+
+
 def _check_nvfp4(quantizer: Any, group: Group) -> None:
     option = release().option
     nvte_check(not quantizer.with_2d_quantization, CAST, "2D scaling grouped quant kernel is not ready yet")
@@ -74,22 +144,33 @@ def _check_nvfp4(quantizer: Any, group: Group) -> None:
         nvte_check(
             size % TILE == 0, source, f"{name} dimension of a grouped tensor should be divisible by 128."
         )
+    nvte_check(len(group.shapes) <= MOST, source, f"Number of tensors should be less than or equal to {MOST}")
     _check_rows(group)
 
 
 def _check_mxfp8(group: Group) -> None:
-    if group.last_dims is None:
-        nvte_check(
-            group.logical[0] % TILE == 0,
-            "common/cast/mxfp8/group_quantize_mxfp8.cuh",
-            "First logical dimension of a grouped tensor must be divisible by 128.",
-        )
+    source = "common/cast/mxfp8/group_quantize_mxfp8.cuh"
+    _check_descriptors(group, source)
+    nvte_check(
+        group.logical[0] % TILE == 0 or (group.first_dims is not None and group.last_dims is not None),
+        source,
+        "First logical dimension of a grouped tensor must be divisible by 128.",
+    )
     _check_rows(group)
     nvte_check(
         group.last_dims is None or all(columns % TILE == 0 for _, columns in group.shapes),
         GROUPS,
         "For varying last dimensions support, the last dimension of each tensor in a group must be "
         "divisible by 128.",
+    )
+
+
+def _check_descriptors(group: Group, source: str) -> None:
+    """Of members that differ in columns, each has a descriptor of its own."""
+    nvte_check(
+        group.last_dims is None or len(group.shapes) <= MOST,
+        source,
+        f"Number of tensors in a group is larger than the MAX number of supported descriptors ({MOST}).",
     )
 
 

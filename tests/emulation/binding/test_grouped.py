@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.emulation.binding.architecture import HOPPER
-from tests.emulation.binding.test_quantize import blockwise, mxfp8, tensorwise
+from tests.emulation.binding.architecture import BLACKWELL, HOPPER
+from tests.emulation.binding.test_quantize import blockwise, delayed, mxfp8, tensorwise
 from tests.support.te_release import RELEASE, since
 
 pytestmark = since("2.14")
@@ -30,6 +30,12 @@ def nvfp4(te, *, rowwise=True, columnwise=True):
 
 def square_blocks(te):
     return blockwise(te, dim=2)
+
+
+def blockwise_rows(te):
+    quantizer = blockwise(te)
+    quantizer.set_usage(columnwise=False)
+    return quantizer
 
 
 def members(x):
@@ -161,6 +167,11 @@ def test_an_existing_group_is_written_in_place_unless_told_not_to(te, tex):
     assert grouped.rowwise_data is data
     with pytest.raises(RuntimeError, match="created by the same quantizer"):
         tex.group_quantize(x, mxfp8(te), 2, None, output=grouped)
+    with pytest.raises(RuntimeError, match="output has an incompatible logical shape"):
+        tex.group_quantize(x[:128], quantizer, 2, None, output=grouped)
+    grouped.quantizer = None
+    with pytest.raises(RuntimeError, match="output must have quantized storage"):
+        tex.group_quantize(x, quantizer, 2, None, output=grouped)
 
 
 def test_bias_gradients(te, tex):
@@ -173,10 +184,36 @@ def test_bias_gradients(te, tex):
 @since("2.17")
 def test_dequantised(te, tex):
     x = torch.randn(sum(ROWS), COLUMNS).bfloat16()
-    grouped = tex.group_quantize(x, mxfp8(te), len(ROWS), torch.tensor(ROWS))
-    expected = torch.cat([tex.quantize(part, mxfp8(te)).dequantize() for part in members(x) if len(part)])
-    back = tex.group_dequantize(grouped, te.DType.kBFloat16)
-    assert torch.equal(back.rowwise_data.view(x.shape), expected)
+    for usage in ({"columnwise": False}, {"rowwise": False}):
+        grouped = tex.group_quantize(x, mxfp8(te, **usage), len(ROWS), torch.tensor(ROWS))
+        alone = [tex.quantize(part, mxfp8(te, **usage)) for part in members(x) if len(part)]
+        back = tex.group_dequantize(grouped, te.DType.kBFloat16)
+        assert torch.equal(back.rowwise_data.view(x.shape), torch.cat([t.dequantize() for t in alone]))
+
+
+@since("2.17")
+def test_what_is_not_dequantised(te, tex, pose):
+    x, splits = torch.randn(sum(ROWS), COLUMNS).bfloat16(), torch.tensor(ROWS)
+
+    def refused(message, quantizer, x=x):
+        grouped = tex.group_quantize(x, quantizer, len(splits), splits)
+        with pytest.raises(RuntimeError, match=message):
+            tex.group_dequantize(grouped, te.DType.kBFloat16)
+
+    refused("not both simultaneously", mxfp8(te))
+    refused("not implemented for scaling mode: NVTE_NVFP4_1D_SCALING", nvfp4(te))
+    pose(HOPPER)
+    refused("NOT supported by architectures < 10.0", mxfp8(te, columnwise=False))
+    if RELEASE != "2.20":
+        return
+    refused("not implemented for scaling mode: NVTE_DELAYED_TENSOR_SCALING", tensorwise(te))
+    refused("accepts exactly one direction at a time", blockwise(te))
+    narrow = torch.randn(sum(ROWS), 48).bfloat16()
+    refused(r"Last dim must be a multiple of 128 .* \(got 48\)", blockwise_rows(te), narrow)
+    grouped = tex.group_quantize(x, blockwise_rows(te), len(ROWS), splits)
+    pose(BLACKWELL)
+    with pytest.raises(RuntimeError, match=r"only supported on Hopper .*; got SM100"):
+        tex.group_dequantize(grouped, te.DType.kBFloat16)
 
 
 @since("2.20")
@@ -247,12 +284,46 @@ def test_what_is_refused(te, tex):
         tex.group_quantize(x, mxfp8(te), 2, torch.tensor([128, 128], dtype=torch.int32))
     with pytest.raises(RuntimeError, match="non-RHT path is not ready yet"):
         tex.group_quantize(x, te.NVFP4Quantizer(fp4_dtype=te.DType.kFloat4E2M1), 2, None)
+    with pytest.raises(RuntimeError, match="Number of tensors must be greater than 0"):
+        tex.group_quantize(x, mxfp8(te), 0, None)
+    with pytest.raises(RuntimeError, match="members of the group end at element 49152 of 32768"):
+        tex.group_quantize(x, mxfp8(te), 2, torch.tensor([256, 128]))
     if RELEASE != "2.20":
-        with pytest.raises(RuntimeError, match="not supported with Float8BlockQuantizer"):
+        with pytest.raises(RuntimeError, match="only support NVFP4 or MXFP8 quantizer"):
             tex.group_quantize(x, blockwise(te), 2, None)
+        with pytest.raises(RuntimeError, match="only MXFP8 quantizer is supported"):
+            tex.bgrad_group_quantize(x, blockwise(te), 2, None)
         return
+    with pytest.raises(RuntimeError, match="only supports MXFP8, NVFP4, Float8CurrentScalingQuantizer, or"):
+        tex.group_quantize(x, delayed(te), 2, None)
+    with pytest.raises(RuntimeError, match="varying last dim is not supported because"):
+        tex.bgrad_group_quantize(x, mxfp8(te), 2, None, torch.tensor([64, 64]))
     with pytest.raises(RuntimeError, match=r"only supported on Hopper .* Got SM100"):
         tex.group_quantize(x, blockwise(te), 2, None)
+
+
+def test_a_view_whose_rows_do_not_lie_together_is_refused(te, tex):
+    """The kernels take the address of the data, and would read what lies behind it instead."""
+    x = torch.randn(256, 2 * COLUMNS).bfloat16()
+    splits = torch.tensor([128, 128])
+    for call in (tex.group_quantize, tex.bgrad_group_quantize):
+        for view in (x[:, :COLUMNS], torch.ones(1, 1).bfloat16().expand(256, COLUMNS)):
+            with pytest.raises(RuntimeError, match="has to be contiguous"):
+                call(view, mxfp8(te), 2, splits)
+    tex.group_quantize(
+        torch.randn(0, 2 * COLUMNS).bfloat16()[:, :COLUMNS], mxfp8(te), 2, torch.tensor([0, 0])
+    )
+
+
+def test_groups_of_more_than_64(te, tex):
+    x, splits = torch.randn(128 * 65, COLUMNS).bfloat16(), torch.full((65,), 128)
+    tex.group_quantize(x, mxfp8(te), 65, splits)
+    with pytest.raises(RuntimeError, match="Number of tensors should be less than or equal to 64"):
+        tex.group_quantize(x, nvfp4(te), 65, splits)
+    if RELEASE == "2.20":
+        wide = x.view(128, -1)
+        with pytest.raises(RuntimeError, match=r"MAX number of supported descriptors \(64\)"):
+            tex.group_quantize(wide, mxfp8(te), 65, None, torch.full((65,), COLUMNS))
 
 
 def test_sizes_that_no_kernel_takes(te, tex):

@@ -52,6 +52,8 @@ class Release:
         permute_sorts_unsigned: `moe_permute_fwd` takes a negative expert for a large one, and drops it.
         router_in_fp32: the router's kernels compute and store in fp32, and not in the dtype of the logits.
         router_radix: they select 16 and more experts by radix, which breaks ties by index.
+        router_skips_nan: they select up to 8 experts by a search in which NaN is never the largest.
+        router_softmax_online: the sum of their softmax goes along with the search for the largest score.
         swizzles_after_quantizing: `quantize` brings scales into the GEMM's order where the quantizer has
             `optimize_for_gemm` and its kernel did not.
     """
@@ -72,6 +74,8 @@ class Release:
     permute_sorts_unsigned: bool = True
     router_in_fp32: bool = True
     router_radix: bool = True
+    router_skips_nan: bool = True
+    router_softmax_online: bool = True
     swizzles_after_quantizing: bool = True
 
     def option(self, quantizer: Any, name: str) -> Any:
@@ -131,6 +135,8 @@ RELEASES: dict[str, Release] = {
             permute_sorts_unsigned=False,
             router_in_fp32=False,
             router_radix=False,
+            router_skips_nan=False,
+            router_softmax_online=False,
             swizzles_after_quantizing=False,
         ),
         Release(
@@ -148,6 +154,8 @@ RELEASES: dict[str, Release] = {
             nvfp4_swizzle=Nvfp4Swizzle.NEVER,
             permute_sorts_unsigned=False,
             router_radix=False,
+            router_skips_nan=False,
+            router_softmax_online=False,
             swizzles_after_quantizing=False,
         ),
         Release(

@@ -98,11 +98,13 @@ def _scores(
 
 def _select(
     scores: Tensor, steps: Steps, topk: int, num_groups: int | None, group_topk: int | None
-) -> Tensor:
-    """Columns of the selected experts, [tokens, topk]; of the best groups where there are groups."""
+) -> tuple[Tensor, Tensor]:
+    """Columns of the selected experts, [tokens, topk], of the best groups where there are groups, and what
+    they were selected by.
+    """
     experts = scores.shape[1]
 
-    def search(x: Tensor, count: int) -> Tensor:
+    def search(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return largest(x, count, radix_for=topk, experts=experts)
 
     if not group_topk or group_topk < 0:
@@ -113,10 +115,10 @@ def _select(
     group_scores = torch.zeros(len(scores), num_groups)
     for group in range(num_groups):
         part = scores[:, group * size : (group + 1) * size]
-        best = part.gather(1, search(part, each))
+        _, best = search(part, each)
         for place in range(each):
             group_scores[:, group] = steps.store(group_scores[:, group] + best[:, place])
-    groups = search(group_scores, group_topk)
+    groups, _ = search(group_scores, group_topk)
     there = torch.zeros(len(scores), num_groups, dtype=torch.bool).scatter_(1, groups, True)
     masked = scores.masked_fill(~there.repeat_interleave(size, dim=1), -math.inf)
     return search(masked, topk)
@@ -124,7 +126,7 @@ def _select(
 
 def _finish(
     chosen: Tensor,
-    scores: Tensor,
+    best: Tensor,
     kept: Tensor,
     steps: Steps,
     score_function: str,
@@ -135,7 +137,6 @@ def _finish(
     dtype: torch.dtype,
 ) -> Tensor:
     """Probabilities [tokens, experts], zero for experts that are not selected; `kept` is completed."""
-    best = scores.gather(1, chosen)
     if score_function == "softmax":
         if not softmax_first:
             best = steps.softmax(best)
@@ -146,7 +147,7 @@ def _finish(
         if chosen.shape[1] > 1:
             best = steps.normalized(best)
     scaled = torch.tensor(factor, dtype=torch.float32) * best.to(steps.wide)
-    return torch.zeros(scores.shape, dtype=dtype).scatter_(1, chosen, scaled.to(dtype))
+    return torch.zeros(kept.shape, dtype=dtype).scatter_(1, chosen, scaled.to(dtype))
 
 
 def fused_topk_with_score_function_fwd(
@@ -185,10 +186,10 @@ def fused_topk_with_score_function_fwd(
     steps = Steps(logits.dtype)
     softmax_first = use_pre_softmax and score_function == "softmax"
     scores, kept = _scores(flat, steps, score_function, expert_bias, softmax_first=softmax_first)
-    chosen = _select(scores, steps, topk, num_groups, group_topk)
+    chosen, best = _select(scores, steps, topk, num_groups, group_topk)
     probs = _finish(
         chosen,
-        scores,
+        best,
         kept,
         steps,
         score_function,
@@ -259,16 +260,15 @@ def fused_topk_with_score_function_qb_fwd(
         _check_indices(topk_indices, leading, topk, int(routing_map_format))
     steps = Steps(logits.dtype)
     scores, kept = _scores(flat, steps, "sigmoid", expert_bias, softmax_first=False)
-    candidates = largest(scores, topk + 1, radix_for=topk, experts=experts)
-    values = scores.gather(1, candidates)
-    cutoff = values.amin(dim=1)
-    # Of equal smallest ones that with the highest index is the cutoff; the others keep their order.
-    dropped = torch.where(values == cutoff[:, None], candidates, -1).argmax(dim=1)
+    candidates, values = largest(scores, topk + 1, radix_for=topk, experts=experts)
+    dropped = _smallest(candidates, values)
+    cutoff = values.gather(1, dropped)[:, 0]
     places = torch.arange(topk).expand(tokens, -1)
-    chosen = candidates.gather(1, places + (places >= dropped[:, None]))
+    places = places + (places >= dropped)
+    chosen, best = candidates.gather(1, places), values.gather(1, places)
     probs = _finish(
         chosen,
-        scores,
+        best,
         kept,
         steps,
         "sigmoid",
@@ -279,11 +279,22 @@ def fused_topk_with_score_function_qb_fwd(
     )
     bins = histogram.shape[1]
     scale = bins / (bin_bounds[1] - bin_bounds[0])
-    found = torch.floor((cutoff[:, None] - kept - bin_bounds[0]) * scale).clamp(0, bins - 1).long()
+    found = torch.floor((cutoff[:, None] - kept - bin_bounds[0]) * scale)
+    found = found.nan_to_num(nan=0.0).clamp(0, bins - 1).long()  # a NaN is converted to 0
     places = torch.arange(experts) * bins + found
     histogram += torch.bincount(places.flatten(), minlength=experts * bins).view(histogram.shape).int()
     output = _routed(chosen, experts, leading, int(routing_map_format), topk_indices)
     return probs.view(logits.shape), output, kept.view(logits.shape), cutoff, histogram
+
+
+def _smallest(columns: Tensor, values: Tensor) -> Tensor:
+    """Place of the smallest value of each row, int64 [rows, 1]: of equal ones that of the last column."""
+    place = torch.zeros_like(columns[:, :1])
+    for other in range(1, columns.shape[1]):
+        value, column = values.gather(1, place)[:, 0], columns.gather(1, place)[:, 0]
+        equal = (values[:, other] == value) & (columns[:, other] > column)
+        place[(values[:, other] < value) | equal] = other
+    return place
 
 
 def fused_score_for_moe_aux_loss_fwd(
@@ -298,6 +309,6 @@ def fused_score_for_moe_aux_loss_fwd(
     scores, kept = _scores(flat, steps, score_function, None, softmax_first=True)
     if score_function != "softmax" and normalizes(topk):
         scores = steps.normalized(scores)
-    chosen = _select(scores, steps, topk, None, None)
+    chosen, _ = _select(scores, steps, topk, None, None)
     routed = _routing_map(chosen, flat.shape[1], logits.shape[:-1], int(routing_map_format))
     return scores.to(steps.stored).view(logits.shape), routed, kept.to(steps.stored).view(logits.shape)

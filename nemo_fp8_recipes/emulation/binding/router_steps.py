@@ -6,6 +6,8 @@ in the dtype of the logits and sums in fp64. What is not followed is the order o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ __all__ = ["Steps", "check_score_function", "normalizes", "sqrt_softplus", "sqrt
 
 SOURCE = "pytorch/csrc/extensions/router.cpp"
 EPSILON = 1e-20
+WARP = 32
 
 
 class Steps:
@@ -36,7 +39,11 @@ class Steps:
 
     def softmax(self, x: Tensor) -> Tensor:
         powers = self.store(torch.exp(x - x.amax(dim=-1, keepdim=True)))
-        return self.store(powers / self.total(powers).to(torch.float32))
+        if not release().router_softmax_online:
+            return self.store(powers / self.total(powers).to(torch.float32))
+        # A lane whose first score is -infinity begins its sum with exp(-inf - -inf): the row is NaN.
+        spoiled = (x[:, :WARP] == -math.inf).any(dim=-1, keepdim=True)
+        return (powers * (1.0 / self.total(powers))).masked_fill(spoiled, math.nan)
 
     def softmax_backward(self, grad: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         product = self.store(grad * output)

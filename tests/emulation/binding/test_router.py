@@ -105,6 +105,74 @@ def test_ties_go_to_the_lane_that_a_warp_prefers(tex):
     assert routed[0].nonzero().flatten().tolist() == [0, 16, 32, 48]
 
 
+def searched_by_a_warp(scores, count, *, skips_nan):
+    """Columns and scores as 32 lanes find them, one largest after the other.
+
+    Args:
+        skips_nan: the search of up to 8 since 2.17, for which no score is above -infinity until one is.
+    """
+    columns, values, infinity = [], [], float("inf")
+    for _ in range(count):
+        lanes = []
+        for lane in range(32):
+            own = range(lane, len(scores), 32)
+            value, column = -infinity, lane if lane < len(scores) else 0
+            if not skips_nan and own and own[0] not in columns:
+                value = scores[own[0]]
+            for place in own if skips_nan else own[1:]:
+                seen = -infinity if place in columns else scores[place]
+                if seen > value:
+                    value, column = seen, place
+            lanes.append((value, column))
+        for apart in (16, 8, 4, 2, 1):
+            lanes = [max_of(lanes[lane], lanes[lane ^ apart]) for lane in range(32)]
+        values.append(lanes[0][0])
+        columns.append(lanes[0][1])
+    return columns, values
+
+
+def max_of(mine, other):
+    return other if other[0] > mine[0] else mine
+
+
+@since("2.14")
+@pytest.mark.parametrize("experts", [12, 32, 70])
+@pytest.mark.parametrize("count", [1, 4, 8, 9, 12])
+def test_nan_is_taken_where_the_kernel_takes_it(tex, experts, count):
+    skips = RELEASE != "2.14" and count <= 8
+    logits = torch.randn(64, experts)
+    logits[torch.rand(64, experts) < 0.2] = float("nan")
+    logits[:4, count // 2 :] = float("nan")  # fewer numbers than are asked for
+    probs, routed, kept = tex.fused_topk_with_score_function_fwd(
+        logits, count, False, None, None, None, "sigmoid", None
+    )
+    for row in range(64):
+        columns, values = searched_by_a_warp(kept[row].tolist(), count, skips_nan=skips)
+        assert sorted(set(columns)) == routed[row].nonzero().flatten().tolist()
+        if len(set(columns)) < count:  # several lanes write the first column: any of them may be the last
+            continue
+        taken = torch.tensor(values)
+        wanted = taken / (taken.sum() + 1e-20) if count > 1 else taken
+        torch.testing.assert_close(probs[row, columns], wanted, equal_nan=True)
+    numbers = ~logits.isnan()
+    if skips:
+        assert not routed[numbers.sum(1) >= count][logits[numbers.sum(1) >= count].isnan()].any()
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_a_masked_expert(tex, pre_softmax):
+    """Since 2.17 the sum of a lane begins with exp(-inf - -inf) where its first logit is -infinity."""
+    logits = torch.randn(4, 40)
+    logits[1, 3] = logits[2, 35] = -torch.inf
+    probs, routed, _ = tex.fused_topk_with_score_function_fwd(
+        logits, 4, pre_softmax, None, None, None, "softmax", None
+    )
+    spoiled = [1] if pre_softmax and RELEASE not in ("2.11", "2.14") else []
+    assert (~probs.isfinite()).any(dim=1).nonzero().flatten().tolist() == spoiled
+    good = torch.tensor([row for row in range(4) if row not in spoiled])
+    assert torch.equal(routed[good], torch.zeros(4, 40).scatter(1, logits.topk(4).indices, 1).bool()[good])
+
+
 @since("2.17")
 def test_sixteen_and_more_take_the_first_of_equals(tex):
     logits = torch.zeros(1, 64)
@@ -162,6 +230,12 @@ def test_a_histogram_of_the_bias_that_each_expert_lacked(tex):
         assert np.abs(bins - counted[expert].numpy()).sum() <= 2  # on a bin's edge, rounding decides
     assert counted is histogram
     assert counted.sum() == 50 * 16
+    logits[7, 3] = float("nan")
+    _, routed, *_ = tex.fused_topk_with_score_function_qb_fwd(
+        logits, 4, None, bias, 0, None, histogram.zero_(), bounds, 0
+    )
+    assert not routed[7, 3]
+    assert histogram.sum() == 50 * 16  # what the expert lacks is no number: it counts in the first bin
 
 
 def test_what_is_refused(tex):

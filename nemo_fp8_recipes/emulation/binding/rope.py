@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 SOURCE = "pytorch/csrc/extensions/apply_rope.cpp"
+KERNEL = "common/fused_rope/fused_rope.cu"
 _SBHD, _BSHD, _THD = 0, 1, 2
 
 
@@ -149,6 +150,7 @@ def _apply(
         SOURCE,
         f"expected the last dim of the {name} tensor equals or is greater than the freqs tensor",
     )
+    nvte_check(start_positions is None or start_positions.dim() == 1, SOURCE, "expected 1D tensor")
     x = x.detach()
     if packed:
         nvte_check(cu_seqlens is not None, SOURCE, "expected cu_seqlens tensor")
@@ -177,6 +179,12 @@ def _in_sequence(length: int, cp_size: int, cp_rank: int) -> Tensor:
     steps = torch.arange(length)
     if cp_size == 1:
         return steps
+    nvte_check(
+        length % 2 == 0,
+        KERNEL,
+        f"cur_seqlens % 2 == 0: a rank holds two chunks of one length of each sequence, and of one it has "
+        f"{length} tokens. Pad the sequences to a multiple of {2 * cp_size}.",
+    )
     half = length // 2
     first = cp_rank * length // 2
     second = length * cp_size - (cp_rank + 1) * length // 2 - half
@@ -208,6 +216,12 @@ def _packed_positions(
 
 def _angles(freqs: Tensor, place: Tensor) -> Tensor:
     """fp32 [..., 1, d2]."""
+    last = int(place.max()) if place.numel() else -1
+    nvte_check(
+        last < len(freqs),
+        KERNEL,
+        f"There is a token at position {last}, and the freqs tensor has {len(freqs)}.",
+    )
     return freqs.detach()[:, 0, 0][place].unsqueeze(-2)
 
 

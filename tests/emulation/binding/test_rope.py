@@ -117,6 +117,30 @@ def test_what_is_refused(tex, formats):
         tex.fused_rope_forward(x, freqs.bfloat16(), None, formats[SBHD], False, None, 1, 0)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_odd_length_has_no_two_chunks(tex, formats, backward):
+    """The kernels assert an even one, in a build with assertions; without, positions are not those of any
+    chunk.
+    """
+    call = tex.fused_rope_backward if backward else tex.fused_rope_forward
+    x, freqs = torch.randn(7, 1, 3, 8), embedding(32, 8, interleaved=False)
+    odd = "cur_seqlens % 2 == 0.* 3 tokens"
+    with pytest.raises(RuntimeError, match=odd):
+        call(x[:3], freqs, None, formats[SBHD], False, None, 2, 0)
+    bounds = torch.tensor([0, 8, 14]).int()  # 4 and 3 tokens on each of two ranks
+    with pytest.raises(RuntimeError, match=odd):
+        call(x[:, 0], freqs, None, formats[THD], False, bounds, 2, 0)
+    call(x[:, 0], freqs, None, formats[THD], False, bounds // 2, 1, 0)
+
+
+def test_a_position_without_an_angle_is_refused(tex, formats):
+    x, freqs = torch.randn(6, 1, 3, 8), embedding(6, 8, interleaved=False)
+    with pytest.raises(RuntimeError, match="position 7, and the freqs tensor has 6"):
+        tex.fused_rope_forward(x, freqs, torch.tensor([2]).int(), formats[SBHD], False, None, 1, 0)
+    with pytest.raises(RuntimeError, match="expected 1D tensor"):
+        tex.fused_rope_forward(x, freqs, torch.tensor([[2]]).int(), formats[SBHD], False, None, 1, 0)
+
+
 def test_te_s_own_function_takes_the_fused_path(te, tex):
     from transformer_engine.pytorch.attention.rope import RotaryPositionEmbedding, apply_rotary_pos_emb
 

@@ -10,7 +10,7 @@ import torch
 
 from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.telemetry.groups import OneMatrix, is_grouped, one_matrix
-from nemo_fp8_recipes.telemetry.linears import Operand, linears
+from nemo_fp8_recipes.telemetry.linears import Linear, Operand, linears
 from nemo_fp8_recipes.telemetry.owners import Owned, Owners
 from nemo_fp8_recipes.telemetry.probes import (
     BlockProbe,
@@ -74,6 +74,9 @@ class Observer:
         ranks: int = 1,
     ) -> None:
         self._linears = linears(model)
+        self._of_module: dict[int, list[Linear]] = {}
+        for linear in self._linears:
+            self._of_module.setdefault(id(linear.module), []).append(linear)
         indices = IndexCache()
         self._delayed = DelayedProbe(self._linears, indices, history=history)
         by_quantizer: dict[str, Probe] = {
@@ -260,11 +263,11 @@ class Observer:
             return _Made(owned, owned.operand, quantizer, tensor)
         whole = one_matrix(tensor, quantizer)
         if whole is not None:
-            for linear in self._linears:  # each has a quantizer of its own, of which the first one is used
-                if linear.module is owned.module:
-                    other = self._owners.of_linear.get(linear.path, {}).get(owned.operand.tensor)
-                    if other is not None:
-                        other.seen = self._step
+            # Each expert has a quantizer of its own, of which the first one is used.
+            for linear in self._of_module[id(owned.module)]:
+                other = self._owners.of_linear.get(linear.path, {}).get(owned.operand.tensor)
+                if other is not None:
+                    other.seen = self._step
         return _Made(owned, Operand(owned.linear.whole, owned.operand.tensor), quantizer, whole)
 
     def _owner(self, quantizer: Any, tensor: Any) -> Owned | None:

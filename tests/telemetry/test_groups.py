@@ -130,14 +130,14 @@ def test_one_expert_is_a_tensor(pose, recipe, architecture, columns, _swizzled):
         assert torch.equal(found.values, wanted.values)
 
 
-def readings(recipe, grouped, *, needs_grad=True, **options):
+def readings(recipe, grouped, *, needs_grad=True, scale=1.0, **options):
     """What is read of `GroupedLinear` in a step, by operand and name."""
     import transformer_engine.pytorch as te
 
     torch.manual_seed(3)
     options = {"bias": False, "params_dtype": torch.bfloat16, **options}
     module = te.GroupedLinear(EXPERTS, 256, 128, use_grouped_tensor=grouped, **options)
-    x = torch.randn(sum(ROWS), 256).bfloat16().requires_grad_(needs_grad)
+    x = (torch.randn(sum(ROWS), 256).bfloat16() * scale).requires_grad_(needs_grad)
     dy = torch.randn(sum(ROWS), 128).bfloat16()
     observer = Observer(module, history=False)
     observer.begin(stats=True)
@@ -183,6 +183,17 @@ def test_a_row_of_all_experts_says_what_theirs_say(name):
             compared.add(stat)
     assert {"elements", "noise"} < compared
     assert compared & {"scale_inv", "scale_inv_max"}
+
+
+def test_experts_of_zeros_alone():
+    """The scale of zeros is 1, of all experts as of one."""
+    found = {}
+    for grouped in (True, False):
+        read = readings(recipes.load("tensorwise"), grouped, scale=0.0)
+        found[grouped] = {
+            value for (_, tensor, name), value in read.items() if (tensor, name) == ("input", "scale_inv")
+        }
+    assert found[True] == found[False] == {1.0}
 
 
 def test_a_saved_original_input_is_read_in_the_forward_pass():

@@ -34,6 +34,7 @@ class TensorwiseProbe(Probe):
         self._amaxes: list[Tensor] = []
         """Those of experts, one for each number that waits; empty as long as there are none."""
         self._read: list[Tensor] = []
+        self._grouped = False
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
         data = tensor._data if tensor._data is not None else tensor._transpose
@@ -43,6 +44,7 @@ class TensorwiseProbe(Probe):
         if scale_inv.numel() == 1:
             self._made.append((operand, quantizer))
         else:  # of a grouped tensor, one an expert
+            self._grouped = True
             self._made += [(operand, quantizer)] * scale_inv.numel()
             self._amaxes += self._waiting[len(self._amaxes) :]
             self._amaxes.append(tensor.amax.data)
@@ -70,6 +72,8 @@ class TensorwiseProbe(Probe):
         found = self._read[0] if len(self._read) == 1 else torch.cat(self._read)
         largest = found.new_zeros(len(specs))
         largest.scatter_reduce_(0, self._indices.on(found.device, slots), found, "amax")
+        if self._grouped:  # no expert had anything but zeros, whose scale is 1
+            largest.masked_fill_(largest == 0, 1.0)
         self.begin()
         return Reading(specs, largest)
 

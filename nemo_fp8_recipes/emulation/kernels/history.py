@@ -20,7 +20,9 @@ class _Matrices:
     def __init__(self, tensors: Sequence[Tensor], addresses: list[int]) -> None:
         self._tensors = tuple(tensors)  # which keeps them, and so their identities
         self._addresses = addresses
-        self.readable = _readable(tensors)
+        # Of one number of rows, behind which nothing is read.
+        alike = len({tuple(one.shape[:-1]) for one in tensors}) == 1
+        self.readable = alike and _readable(tensors)
         self.number = len(addresses)
         self.rows = 1 if tensors[0].dim() == 1 else tensors[0].shape[0]
         widths = [one.shape[-1] for one in tensors]
@@ -51,9 +53,11 @@ class HistoryKernels(Native):
         self._stacked_rows = self.bind("stacked_rows", None, LONG, ADDRESS, ADDRESS, LONG, ADDRESS)
 
     def stacked_rows(self, tensors: Sequence[Tensor], row: int) -> Tensor | None:
-        """`telemetry.probes.delayed.stacked_rows`; None unless all are contiguous fp32 host tensors."""
+        """`telemetry.probes.delayed.stacked_rows`; None unless all are contiguous fp32 host tensors
+        with that row.
+        """
         found = self._matrices(tensors)
-        if not found.readable:
+        if not found.readable or row >= found.rows:
             return None
         out = torch.empty(found.columns, dtype=torch.float32)
         self._stacked_rows(found.number, found.addresses, found.widths, row, out.data_ptr())
@@ -62,7 +66,9 @@ class HistoryKernels(Native):
     def history_windows(
         self, histories: Sequence[Tensor], oldest: Tensor, last: Tensor, slots: Tensor
     ) -> Tensor | None:
-        """`telemetry.probes.delayed.history_windows`; None unless all are contiguous fp32 host tensors."""
+        """`telemetry.probes.delayed.history_windows`; None unless all are contiguous fp32 host tensors, and
+        the histories of one length.
+        """
         found = self._matrices(histories)
         if not found.readable or not _readable((oldest, last)):
             return None

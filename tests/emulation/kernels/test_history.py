@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_fp8_recipes.emulation.kernels import Library
-from nemo_fp8_recipes.telemetry.probes.delayed import history_windows
+from nemo_fp8_recipes.telemetry.probes.delayed import history_windows, stacked_rows
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 1024])
@@ -41,6 +41,23 @@ def test_histories_that_do_not_lie_in_one_piece_are_left_to_torch(native: Librar
     history, numbers = torch.rand(2, 4).t(), torch.rand(2)
     assert native.history_windows([history], numbers, numbers, torch.tensor([0])) is None
     assert native.stacked_rows([history], 0) is None
+
+
+def test_histories_of_different_lengths_are_left_to_torch(native: Library) -> None:
+    """Which says what is wrong with them; the kernel would go on behind the shorter one."""
+    short, long = torch.rand(2, 3), torch.rand(16, 3)
+    nothing, slots = torch.zeros(6), torch.arange(6)
+    assert native.history_windows([long, short], nothing, nothing, slots) is None
+    assert native.history_windows([short, long], nothing, nothing, slots) is None
+    assert native.stacked_rows([long, short], 5) is None
+    assert native.stacked_rows([long, torch.rand(3)], 1) is None
+    assert native.stacked_rows([short], 2) is None
+    for call in (
+        lambda: history_windows([long, short], nothing, nothing, slots),
+        lambda: stacked_rows([long, short], 5),
+    ):
+        with pytest.raises((RuntimeError, IndexError), match=r"size|index|range"):
+            call()
 
 
 def test_tensors_without_memory_are_left_to_torch(native: Library) -> None:

@@ -34,7 +34,7 @@ def fused_amax_and_scale_update_after_reduction(
     nvte_check(
         amax_compute_algo in AMAX_ALGORITHMS,
         "common/recipe/delayed_scaling.cu",
-        f"Invalid amax compute algorithm ({amax_compute_algo})",
+        f"Unsupported amax compute algorithm ({amax_compute_algo})",
     )
     by_length: dict[int, list[int]] = {}
     for number, history in enumerate(amax_histories):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding import operands
-from nemo_fp8_recipes.emulation.binding.checks import nvte_check, nvte_error
-from nemo_fp8_recipes.emulation.binding.dtypes import short_name
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.checks import nvte_check
+from nemo_fp8_recipes.emulation.binding.dtypes import te_name
+from nemo_fp8_recipes.emulation.binding.te_classes import scaling_mode, te_classes
 
 __all__ = ["dropout_bwd", "dropout_fwd"]
 
@@ -34,7 +34,12 @@ def dropout_fwd(input: Any, dropout_probability: float, out: Tensor | None = Non
     if isinstance(input, classes.float8_storage):
         values, dtype, shape = operands.values(input, columnwise=False), input.dtype, tuple(input._data.shape)
     elif isinstance(input, classes.quantized_storage):
-        nvte_error(SOURCE, "Input tensor must be FP16/BF16 tensor or tensor-scaled FP8 tensor.")
+        nvte_check(
+            False,
+            SOURCE,
+            "Input tensor must be FP16/BF16 tensor or tensor-scaled FP8 tensor, but scaling mode is "
+            f"{scaling_mode(input)}.",
+        )
     else:
         values, dtype, shape = input.detach(), input.dtype, tuple(input.shape)
     if out is None:
@@ -66,7 +71,8 @@ def dropout_bwd(
     nvte_check(
         mask.numel() * 8 == grad.numel(),
         SOURCE,
-        f"Mask tensor must have {grad.numel()} bits, but found shape={tuple(mask.shape)}.",
+        f"Mask tensor must have {grad.numel()} bits, but found dtype={te_name(mask.dtype)} and shape="
+        f"{tuple(mask.shape)}.",
     )
     bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     _apply(grad, (mask.view(-1, 1) & bits).ne(0).view(-1), grad_input, probability)
@@ -82,7 +88,7 @@ def _check_half(x: Tensor, name: str) -> None:
     nvte_check(
         x.dtype in _HALF,
         SOURCE,
-        f"{name} tensor must be FP16/BF16 tensor, but dtype is {short_name(x.dtype)}.",
+        f"{name} tensor must be FP16/BF16 tensor, but dtype is {te_name(x.dtype)}.",
     )
 
 
@@ -90,8 +96,8 @@ def _check_same(x: Tensor, out: Tensor, name: str, out_name: str) -> None:
     nvte_check(
         x.dtype == out.dtype,
         SOURCE,
-        f"{name} tensor (dtype={short_name(x.dtype)}) and {out_name} tensor "
-        f"(dtype={short_name(out.dtype)}) do not match.",
+        f"{name} tensor (dtype={te_name(x.dtype)}) and {out_name} tensor "
+        f"(dtype={te_name(out.dtype)}) do not match.",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from nemo_fp8_recipes.emulation.binding.checks import nvte_error
 from nemo_fp8_recipes.numerics.formats import E4M3, E5M2, Fp8Format
 
-__all__ = ["element_format", "fp8_format", "require_high_precision", "short_name", "torch_dtype"]
+__all__ = ["element_format", "fp8_format", "require_high_precision", "short_name", "te_name", "torch_dtype"]
 
 _TORCH: dict[int, torch.dtype] = {
     0: torch.uint8,
@@ -25,11 +25,10 @@ _SHORT: dict[torch.dtype, str] = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-
-
-# What TE calls the dtypes that its C++ knows and its kernels refuse; those that it does not know have the
-# number of torch's enum.
-_REFUSED: dict[torch.dtype, str] = {
+_NAMES: dict[torch.dtype, str] = {
+    torch.float32: "Float32",
+    torch.float16: "Float16",
+    torch.bfloat16: "BFloat16",
     torch.uint8: "Byte",
     torch.bool: "Byte",
     torch.int16: "Int16",
@@ -38,6 +37,7 @@ _REFUSED: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "Float8E4M3",
     torch.float8_e5m2: "Float8E5M2",
 }
+# The dtypes that TE's C++ does not know have the number of torch's enum.
 _UNKNOWN: dict[torch.dtype, int] = {
     torch.int8: 1,
     torch.float64: 7,
@@ -54,10 +54,10 @@ def require_high_precision(x: torch.Tensor) -> None:
         RuntimeError: another dtype, in TE's words; a tensor without data (on the "meta" device).
     """
     if x.dtype not in _SHORT:
-        if x.dtype in _REFUSED:
+        if x.dtype in _NAMES:
             nvte_error(
                 "common/common.h",
-                f"Unsupported dtype {_REFUSED[x.dtype]}. Expected one of: Float32, Float16, BFloat16.",
+                f"Unsupported dtype {_NAMES[x.dtype]}. Expected one of: Float32, Float16, BFloat16.",
             )
         nvte_error("pytorch/csrc/common.h", f"Invalid type ({_UNKNOWN.get(x.dtype, x.dtype)}).")
     if x.device.type != "cpu":
@@ -102,3 +102,8 @@ def element_format(tag: Any) -> str:
 def short_name(dtype: torch.dtype) -> str:
     """What records call a high-precision dtype: "fp32", "bf16", "fp16"."""
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def te_name(dtype: torch.dtype) -> str:
+    """What errors of TE's C++ call a dtype: "Float32", "BFloat16"."""
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))

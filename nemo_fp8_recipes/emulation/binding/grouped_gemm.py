@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.emulation.binding.checks import nvte_check
-from nemo_fp8_recipes.emulation.binding.dtypes import short_name
+from nemo_fp8_recipes.emulation.binding.dtypes import short_name, te_name
 from nemo_fp8_recipes.emulation.binding.gemm import multiply, record
 from nemo_fp8_recipes.emulation.binding.gemm_problem import Epilogue, Problem
 from nemo_fp8_recipes.emulation.binding.grouped_gemm_checks import (
@@ -196,8 +196,8 @@ def _discrete_out(
         nvte_check(
             output.dtype == D[0].dtype,
             CUBLAS,
-            f"Grouped GEMM: D_list tensor {number} dtype mismatch. Expected {short_name(D[0].dtype)} "
-            f"got {short_name(output.dtype)}",
+            f"Grouped GEMM: D_list tensor {number} dtype mismatch. Expected {te_name(D[0].dtype)} "
+            f"got {te_name(output.dtype)}",
         )
         nvte_check(output.dim() == 2, CUBLAS, f"Grouped GEMM: D_list tensor {number} must be 2D.")
     _multiply_all(a, transa, b, transb, [output.detach() for output in D], alpha, beta, use_split_accumulator)

@@ -25,7 +25,7 @@ from nemo_fp8_recipes.emulation.binding.per_tensor import CURRENT, DELAYED, amax
 from nemo_fp8_recipes.emulation.binding.releases import release
 from nemo_fp8_recipes.emulation.binding.storage import Buffers, Layout, adapt, allocate, store
 from nemo_fp8_recipes.emulation.binding.swizzle import swizzle_scales_for_gemm_
-from nemo_fp8_recipes.emulation.binding.te_classes import te_classes
+from nemo_fp8_recipes.emulation.binding.te_classes import scaling_mode, te_classes
 from nemo_fp8_recipes.emulation.trace import QuantizeRecord, observers
 
 __all__ = [
@@ -172,8 +172,9 @@ def dequantize(input: Any, otype: Any) -> Tensor:
         columnwise = input._rowwise_data is None
         shape = MXFP8.shape_of(input)
     elif isinstance(input, classes.blockwise_storage):
-        mode = "NVTE_BLOCK_SCALING_2D" if input._is_2D_scaled else "NVTE_BLOCK_SCALING_1D"
-        nvte_error("common/cast/dispatch/dequantize.cuh", f"Not implemented scaling mode: {mode}.")
+        nvte_error(
+            "common/cast/dispatch/dequantize.cuh", f"Not implemented scaling mode: {scaling_mode(input)}."
+        )
     elif isinstance(input, classes.nvfp4_storage):
         columnwise = False
         shape = NVFP4.shape_of(input)

@@ -230,19 +230,17 @@ def fused_topk_with_score_function_qb_fwd(
     flat = _rows(logits)
     tokens, experts = flat.shape
     nvte_check(0 < topk < experts, SOURCE, f"QB topk must be in [1, num_experts), got topk={topk}")
-    nvte_check(
-        expert_bias.dtype == torch.float32 and tuple(expert_bias.shape) == (experts,),
-        SOURCE,
-        "QB expert_bias must have shape [num_experts] and float32 dtype",
-    )
-    nvte_check(
-        histogram.dtype == torch.int32
-        and histogram.dim() == 2
-        and histogram.shape[0] == experts
-        and histogram.shape[1] > 0,
-        SOURCE,
-        "QB histogram must have shape [num_experts, num_bins] and int32 dtype",
-    )
+    for name, given, dtype, shape in (
+        ("expert_bias", expert_bias, "float32", ("num_experts",)),
+        ("histogram", histogram, "int32", ("num_experts", "num_bins")),
+    ):
+        nvte_check(given.is_contiguous(), SOURCE, f"QB {name} must be a contiguous CUDA tensor")
+        nvte_check(given.dtype == getattr(torch, dtype), SOURCE, f"QB {name} must have {dtype} dtype")
+        nvte_check(
+            given.dim() == len(shape) and given.shape[0] == experts and given.numel() > 0,
+            SOURCE,
+            f"QB {name} must have shape [{', '.join(shape)}]",
+        )
     nvte_check(
         bin_bounds.dtype == torch.float32 and tuple(bin_bounds.shape) == (2,),
         SOURCE,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nemo_fp8_recipes.emulation.binding.releases import release
 
-__all__ = ["TeClasses", "element_type", "te_classes"]
+__all__ = ["TeClasses", "element_type", "scaling_mode", "te_classes"]
 
 
 class TeClasses(NamedTuple):
@@ -75,3 +75,15 @@ def element_type(tag: Any) -> Any:
     from transformer_engine.pytorch.constants import DType
 
     return DType.cast(tag)
+
+
+def scaling_mode(tensor: Any) -> str:
+    """What errors of TE's C++ call the scaling of a quantised tensor."""
+    classes = te_classes()
+    if isinstance(tensor, classes.mxfp8_storage):
+        return "NVTE_MXFP8_1D_SCALING"
+    if isinstance(tensor, classes.nvfp4_storage):
+        return "NVTE_NVFP4_1D_SCALING"
+    if isinstance(tensor, classes.blockwise_storage):
+        return "NVTE_BLOCK_SCALING_2D" if tensor._is_2D_scaled else "NVTE_BLOCK_SCALING_1D"
+    return "NVTE_DELAYED_TENSOR_SCALING"

@@ -16,7 +16,10 @@ Devices = str | Sequence[str] | None
 
 
 def apply(ledger: PatchLedger) -> None:
-    """Let what is registered for "cuda" be the host's too, wherever `torch.library` takes a device."""
+    """Let what `custom_op` and `register_kernel` register for "cuda" be the host's too.
+
+    Not what `impl` registers: there a second kernel for the host would be refused.
+    """
     reason = "tensors of the posing device are the host's, for which no operator of CUDA's is looked up"
     library = torch.library
 

@@ -71,7 +71,7 @@ def test_against_the_scalar_rule(te, tex, algorithm, fmt, length, margin):
 
 
 def test_unknown_algorithm(te, tex):
-    with pytest.raises(RuntimeError, match=r"Invalid amax compute algorithm \(mean\)"):
+    with pytest.raises(RuntimeError, match=r"Unsupported amax compute algorithm \(mean\)"):
         tex.fused_amax_and_scale_update_after_reduction(
             torch.ones(1), [torch.ones(2, 1)], [torch.ones(1)], "mean", te.DType.kFloat8E4M3, 0
         )

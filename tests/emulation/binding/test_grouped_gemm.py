@@ -415,7 +415,7 @@ def test_outputs_that_do_not_fit(te, tex, blackwell):
         gemm(te)(wrap(torch.cat(a)), wrap(torch.cat(b), TOKENS), out, layout="TN")
     a, b, d = make("NT")
     d[2] = d[2].float()
-    with pytest.raises(RuntimeError, match="D_list tensor 2 dtype mismatch"):
+    with pytest.raises(RuntimeError, match=r"D_list tensor 2 dtype mismatch\. Expected BFloat16 got Float32"):
         run(te, tex, "NT", "discrete out", a, b, d, (plain, plain))
 
 

@@ -238,6 +238,33 @@ def test_a_histogram_of_the_bias_that_each_expert_lacked(tex):
     assert histogram.sum() == 50 * 16  # what the expert lacks is no number: it counts in the first bin
 
 
+@since("2.20")
+def test_what_is_refused_of_a_bias_histogram(tex):
+    good = {
+        "logits": torch.randn(4, 8),
+        "bias": torch.zeros(8),
+        "histogram": torch.zeros(8, 3, dtype=torch.int32),
+        "bounds": torch.tensor([-1.0, 1.0]),
+    }
+
+    def refused(message, topk=2, mode=0, **options):
+        logits, bias, histogram, bounds = {**good, **options}.values()
+        with pytest.raises(RuntimeError, match=message):
+            tex.fused_topk_with_score_function_qb_fwd(
+                logits, topk, None, bias, 0, None, histogram, bounds, mode
+            )
+
+    refused(r"QB topk must be in \[1, num_experts\)", topk=8)
+    refused("QB expert_bias must have float32 dtype", bias=torch.zeros(8).bfloat16())
+    refused(r"QB expert_bias must have shape \[num_experts\]", bias=torch.zeros(7))
+    refused("QB histogram must have int32 dtype", histogram=torch.zeros(8, 3))
+    refused(r"QB histogram must have shape \[num_experts, num_bins\]", histogram=good["histogram"][:7])
+    refused("QB histogram must be a contiguous", histogram=good["histogram"][:, :2])
+    refused(r"QB bin_bounds must be float32 with shape \[2\]", bounds=torch.zeros(3))
+    refused("must be finite with lower < upper", bounds=torch.zeros(2))
+    refused("Unsupported QB histogram mode: 2", mode=2)
+
+
 def test_what_is_refused(tex):
     logits = torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="score_function must be softmax"):

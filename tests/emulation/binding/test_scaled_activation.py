@@ -142,8 +142,12 @@ def test_dropout_reads_fp8_and_refuses_what_the_kernel_refuses(te, tex):
     out, _ = tex.dropout_fwd(quantized, 0.0)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, quantized.dequantize().bfloat16())
-    with pytest.raises(RuntimeError, match="must be FP16/BF16"):
+    with pytest.raises(RuntimeError, match=r"must be FP16/BF16 tensor, but dtype is Float32\."):
         tex.dropout_fwd(torch.randn(16, 64), 0.1)
+    with pytest.raises(RuntimeError, match="FP8 tensor, but scaling mode is NVTE_MXFP8_1D_SCALING"):
+        tex.dropout_fwd(tex.quantize(torch.randn(32, 64).bfloat16(), mxfp8(te)), 0.1)
+    with pytest.raises(RuntimeError, match=r"must have 1024 bits, but found dtype=Byte and shape="):
+        tex.dropout_bwd(torch.randn(16, 64).bfloat16(), torch.zeros(5, dtype=torch.uint8), 0.1)
     half, single = torch.randn(16).half(), torch.randn(16)
     for x, out in ((half, half.bfloat16()), (single, half)):
         with pytest.raises(RuntimeError, match=r"Input tensor .*dtype"):

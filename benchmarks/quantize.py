@@ -1,6 +1,6 @@
 """Quantising a matrix on a CPU core: the emulated device's kernels beside torch, torch.compile and torchao.
 
-    python benchmarks/quantize.py [--size 2048] [--dtype float32] [--threads 1] [--rounds 9]
+    python benchmarks/quantize.py [--size 2048] [--dtype float32] [--threads 1] [--spread 0] [--rounds 9]
 
 Same tensor, same thread count, in turn; with one thread CPU time is measured, which other programs disturb
 less. The ratios of a table are to our kernel: 5 means five times slower. The last table counts bytes read and
@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the matrix")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its elements")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="standard deviation of ln |factor| on normal values"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -166,9 +169,13 @@ def main() -> None:
     if kernels is None:
         raise SystemExit("There are no compiled kernels to measure here.")
     size = options.size
-    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(getattr(torch, options.dtype))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, size, generator=generator)
+    x *= torch.exp(options.spread * torch.randn(size, size, generator=generator))
+    x = x.to(getattr(torch, options.dtype))
     target = torch.empty_like(x)
-    print(f"{size} x {size} {options.dtype}, {options.threads} thread(s), torch {torch.__version__}\n")
+    print(f"{size} x {size} {options.dtype}, {options.threads} thread(s), spread {options.spread}, ", end="")
+    print(f"torch {torch.__version__}\n")
     best: dict[str, list[float]] = {}
     for title, contenders in (
         ("MXFP8, rowwise", mxfp8_contenders(x, kernels)),

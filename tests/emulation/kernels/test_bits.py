@@ -215,6 +215,47 @@ def test_every_value_of_the_16_bit_types(kernels: Library, dtype: torch.dtype, f
     assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(1.0)))
 
 
+SCALES = (
+    1.0,
+    448 / 3.1,
+    0.7,
+    2.0**-40,
+    1.9 * 2.0**100,
+    2.0**126,
+    1.1 * 2.0**127,
+    2.0**-126,
+    1e-40,
+    0.0,
+    -3.0,
+)
+
+
+@pytest.mark.parametrize("scale", [*SCALES, float("inf"), float("nan")])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_every_bf16_value_under_scales_of_all_kinds(kernels: Library, fmt: Fp8Format, scale: float) -> None:
+    """Those that become normal numbers come first, by themselves: long runs of them take a way of their own. Then
+    many with one of the others among them, all that are next to the normal ones included. Then the others.
+    """
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    product = x.float().mul(scale).abs()
+    normal = product.ge(fmt.min_subnormal * 2.0**fmt.mantissa_bits) & product.le(fmt.max)
+    usual, others = x[normal], x[~normal]
+    x = others
+    if len(usual):
+        near = torch.isin(
+            others.view(torch.int16), torch.cat([usual.view(torch.int16) + by for by in (-40, 40)])
+        )
+        strangers = torch.cat([others[near], others[::977]])
+        among = usual.repeat(1 + 512 * len(strangers) // len(usual))
+        among[torch.arange(len(strangers)) * 509] = strangers
+        x = torch.cat([usual, among, others])
+    x = x.view(1, -1)
+    codes = codes_of(*x.shape)
+    largest = kernels.cast(x, fmt, scale, codes, observe=True)
+    assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(scale)))
+    assert largest == numerics.amax(x).item()
+
+
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 def test_every_tie_between_two_codes_and_its_neighbours(kernels: Library, fmt: Fp8Format) -> None:
     values = numerics.decode(torch.arange(256).to(torch.uint8), fmt)

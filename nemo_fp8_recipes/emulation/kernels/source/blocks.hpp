@@ -98,7 +98,7 @@ void quantize_rows(Input x, int64_t k, int64_t first, int64_t last, bool far, co
       apply_rule(rule, largest, blocks, multiplier, kept);
       for (int64_t c = 0; c < length; c += kAhead) {
         // The next piece, while this one keeps the arithmetic busy.
-        for (int64_t t = 0; far && t < kAhead; t += 16) x.prefetch(i * k + j + kPiece + c + t);
+        if (far) x.prefetch(i * k + j + kPiece + c, kAhead);
         encode_blocks<Out, Block>(values + c, std::min(kAhead, length - c), multiplier + c / Block, codes + c);
       }
       for (int64_t b = 0; b < blocks; ++b) out.scales[out.place.at(i, j / Block + b)] = kept[b];
@@ -154,7 +154,7 @@ struct Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       float* row = tile[i];
       // The next tile's part of the row: too short a run for the hardware to see it coming.
-      for (int64_t j = 0; j < Width && j0 + Width + j < k; j += 16) x.prefetch((i0 + i) * k + j0 + Width + j);
+      x.prefetch((i0 + i) * k + j0 + Width, std::min<int64_t>(Width, k - j0 - Width));
       x.copy((i0 + i) * k + j0, columns, row);
       std::fill(row + columns, row + Width, 0.0f);
       observe_row<Block>(row, Width, column_max, row_max[i]);

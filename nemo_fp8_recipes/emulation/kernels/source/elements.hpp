@@ -76,8 +76,12 @@ struct Input {
     }
   }
 
-  inline void prefetch(int64_t offset) const {
-    __builtin_prefetch(static_cast<const char*>(data) + offset * (type == kFloat32 ? 4 : 2));
+  // Asks for the lines of `count` values from `offset`.
+  inline void prefetch(int64_t offset, int64_t count) const {
+    const int64_t size = type == kFloat32 ? 4 : 2;
+    for (int64_t at = 0; at < count * size; at += 64) {
+      __builtin_prefetch(static_cast<const char*>(data) + offset * size + at);
+    }
   }
 
   // Largest finite value of the type.
@@ -98,6 +102,7 @@ struct Element {
   static constexpr int kShift = 23 - MantissaBits, kSignShift = SignShift;
   static constexpr int32_t kMaxBits = MaxBits, kNanCode = NanCode;
   static constexpr int32_t kSmallestNormal = power_bits(1 - Bias);
+  static constexpr int32_t kMaxCode = (MaxBits >> kShift) - (power_bits(-Bias) >> kShift);
 
   static inline int32_t encode(float value) {
     const int32_t bits = as_bits(value);

@@ -64,20 +64,6 @@ NEMO_FP8_INLINE __m512i upper_halves(__m512i a, __m512i b) {
   return _mm512_or_si512(high, _mm512_min_epu16(low, _mm512_set1_epi16(1)));
 }
 
-// Codes of numbers that become subnormal, where those are larger than `code`.
-template <class Out>
-__attribute__((noinline, cold)) __m512i with_subnormals(__m512i half, __m512i code) {
-  const __m512 least = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal));
-  const __m512 adder = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
-  const auto count = [&](__m512i bits) {
-    return _mm512_castps_si512(_mm512_add_ps(_mm512_min_ps(_mm512_castsi512_ps(bits), least), adder));
-  };
-  const __m512i positive = _mm512_max_epi16(half, _mm512_setzero_si512());
-  const __m512i even = count(_mm512_slli_epi32(positive, 16));
-  const __m512i odd = count(_mm512_and_si512(positive, _mm512_set1_epi32(int32_t(0xffff0000))));
-  return _mm512_max_epi16(code, _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16)));
-}
-
 // `encode_halves` of 32 magnitudes, a code in each word.
 template <class Out>
 NEMO_FP8_INLINE __m512i encode_half_words(__m512i half) {
@@ -88,9 +74,12 @@ NEMO_FP8_INLINE __m512i encode_half_words(__m512i half) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(half, kDrop), _mm512_set1_epi16(1));
   const __m512i nearly = _mm512_add_epi16(half, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
   const __m512i code = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
-  const __m512i above = _mm512_sub_epi16(half, _mm512_set1_epi16(kHalfOfSubnormal + 1));
-  const __mmask32 small = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2));
-  return __builtin_expect(small != 0, 0) ? with_subnormals<Out>(half, code) : code;
+  const __m512i above = _mm512_sub_epi16(half, _mm512_set1_epi16(kHalfOfSubnormal));
+  if (!_mm512_cmplt_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal))) return code;
+  const __m512i positive = _mm512_max_epi16(half, _mm512_setzero_si512());
+  const __m512i even = _mm512_slli_epi32(positive, 16);
+  const __m512i odds = _mm512_and_si512(positive, _mm512_set1_epi32(int32_t(0xffff0000)));
+  return _mm512_max_epi16(code, subnormal_words<Out>(_mm512_castsi512_ps(even), _mm512_castsi512_ps(odds)));
 }
 
 #endif
@@ -163,7 +152,7 @@ struct Mxfp8Tiles {
     for (int i = 0; i < kBlock; ++i) {
       const int64_t at = (i0 + i) * generic.k + j0;
       // The next tile's part of the row: too short a run for the hardware to see it coming.
-      for (int j = 0; j < kWidth; j += 16) x.prefetch(at + kWidth + j);
+      x.prefetch(at + kWidth, kWidth);
       const float* values = x.read(at, blocks * kBlock, buffer);
       for (int b = 0; b < blocks; ++b) observe(i, b, values + b * kBlock, column_max + b * kBlock);
     }

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <atomic>
+#include <optional>
 
+#include "bfloat16.hpp"
 #include "elements.hpp"
 #include "loops.hpp"
 #include "rows.hpp"
@@ -27,42 +29,93 @@ inline float amax(Input x, int64_t count, int32_t threads) {
   return as_float(largest.load());
 }
 
-// Codes of `count` values from `offset`; returns their amax where `observe` is set. `far`: the tensor is too large for
-// the caches of a core.
+// Codes of a tensor of `count` values under one scale, a piece at a time.
 template <class Out>
-int32_t cast_range(Input x, int64_t offset, int64_t count, float scale, uint8_t* codes, bool observe, bool far) {
-  constexpr int64_t kStep = 256, kAhead = 512;
-  alignas(64) float buffer[kStep];
-  int32_t seen = 0;
-  for (int64_t begin = offset; begin < offset + count; begin += kStep) {
-    const int64_t length = std::min(kStep, offset + count - begin);
-    for (int64_t i = 0; far && i < kStep; i += 16) x.prefetch(begin + kAhead + i);
-    const float* values = x.read(begin, length, buffer);
-    if (observe) seen = std::max(seen, largest_magnitude(values, length));
-    encode_row<Out>(values, length, scale, codes + begin);
+class Encoder {
+ public:
+  Encoder(Input x, int64_t count, float scale) : x_(x), scale_(scale), far_(count > kFar) {
+#ifdef NEMO_FP8_TABLE
+    if (x.type == kBFloat16 && count >= kWorthTable) table_.emplace(scale);
+#endif
   }
-  return seen;
-}
+
+  // Codes of `count` values from `offset`; returns their amax where `observe` is set.
+  int32_t encode(int64_t offset, int64_t count, uint8_t* codes, bool observe) const {
+    int32_t seen = 0;
+    Lookups lookups;
+    for (int64_t begin = offset; begin < offset + count; begin += kPiece) {
+      const int64_t end = std::min(begin + kPiece, offset + count);
+      if (observe) seen = std::max(seen, largest_magnitude(x_, begin, end - begin));
+      for (int64_t at = begin; at < end; at += kStep) {
+        // What is observed next, else what is encoded next.
+        if (far_) x_.prefetch(at + (observe ? kPiece : kAhead), kStep);
+        encode_step(at, std::min(kStep, end - at), codes + at, lookups);
+      }
+    }
+    return seen;
+  }
+
+ private:
+  static constexpr int64_t kStep = 256, kAhead = 512;
+
+  struct Lookups {
+    int64_t done = 0, missed = 0;  // values, and 64s of them
+    bool worthwhile() const { return 4 * 64 * missed <= done + kPiece; }
+  };
+
+  void encode_step(int64_t begin, int64_t length, uint8_t* codes, Lookups& lookups) const {
+    int64_t done = 0;
+#ifdef NEMO_FP8_AVX512
+    if (x_.type == kBFloat16) {
+      done = encode_halves(static_cast<const uint16_t*>(x_.data) + begin, length, codes, lookups);
+      if (done == length) return;
+    }
+#endif
+    alignas(64) float buffer[kStep];
+    encode_row<Out>(x_.read(begin + done, length - done, buffer), length - done, scale_, codes + done);
+  }
+
+#ifdef NEMO_FP8_AVX512
+  int64_t encode_halves(const uint16_t* x, int64_t count, uint8_t* codes, Lookups& lookups) const {
+#ifdef NEMO_FP8_TABLE
+    if (table_ && table_->usable() && lookups.worthwhile()) {
+      const int64_t done = table_->encode(x, count, codes, lookups.missed);
+      lookups.done += done;
+      return done;
+    }
+#endif
+    return encode_bfloat16<Out>(x, count, scale_, codes);
+  }
+#endif
+
+  Input x_;
+  float scale_;
+  bool far_;  // the tensor is too large for the caches of a core
+#ifdef NEMO_FP8_TABLE
+  static constexpr int64_t kWorthTable = 4096;
+  std::optional<Bfloat16Codes<Out>> table_;
+#endif
+};
 
 // Codes of x [m, k] under `scale`; their transpose [k, m] where `transposed` is not null; the amax of x on the
 // way where `observe` is set (else 0).
 template <class Out>
 float cast(Input x, int64_t m, int64_t k, float scale, uint8_t* codes, uint8_t* transposed, bool observe,
            int32_t threads) {
-  const bool far = m * k > kFar;
+  const Encoder<Out> encoder(x, m * k, scale);
   std::atomic<int32_t> largest{0};
   if (!transposed) {
     const int64_t count = m * k;
     parallel((count + kPiece - 1) / kPiece, threads, [&](int64_t first, int64_t last) {
       const int64_t begin = first * kPiece, end = std::min(last * kPiece, count);
-      raise_to(largest, cast_range<Out>(x, begin, end - begin, scale, codes, observe, far));
+      raise_to(largest, encoder.encode(begin, end - begin, codes, observe));
     });
     return as_float(largest.load());
   }
   parallel((m + kTile - 1) / kTile, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first * kTile; i < std::min(last * kTile, m); i += kTile) {
       const int64_t rows = std::min(kTile, m - i);
-      raise_to(largest, cast_range<Out>(x, i * k, rows * k, scale, codes, observe, far));
+      raise_to(largest, encoder.encode(i * k, rows * k, codes, observe));
       for (int64_t j = 0; j < k; j += kTile) {
         transpose(codes + i * k + j, k, rows, std::min(kTile, k - j), transposed + j * m + i, m);
       }

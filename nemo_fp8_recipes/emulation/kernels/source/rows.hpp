@@ -26,52 +26,37 @@ namespace fp8 {
 
 // `Element::encode` of 32 values in four registers, as codes of a byte in order.
 //
-// The rounding is done on the upper halves of the fp32 numbers, whose last bit is set where the lower half is
-// not zero: a format that keeps three bits or fewer rounds them the same way. `kSubnormals` off leaves wrong the
-// codes of numbers between half the smallest subnormal and the smallest normal number, and `odd` says whether
-// there are any.
-template <class Out, bool kSubnormals>
-NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4], bool& odd) {
+// The rounding is done on the upper halves of the fp32 numbers: a format that keeps three bits or fewer rounds them
+// the same way where their last bit says whether anything was below it. That bit is set too where the last kept one
+// is: then adding just less than a half rounds a half to even.
+template <class Out>
+NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4]) {
   constexpr int kDrop = Out::kShift - 16;  // bits of an upper half that the format has not
-  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kLeast = Out::kSmallestNormal >> 16;
   constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
-  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
-  __m256i code[2], sign[2], nan[2], outside[2];
+  __m256i code[2], high[2], nan[2];
   for (int half = 0; half < 2; ++half) {
     const __m256i a = _mm256_castps_si256(value[2 * half]), b = _mm256_castps_si256(value[2 * half + 1]);
     const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
-    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
-    const __m256i all = _mm256_or_si256(high, _mm256_min_epu16(low, _mm256_set1_epi16(1)));
+    high[half] = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
+    const __m256i up = _mm256_or_si256(low, _mm256_and_si256(high[half], _mm256_set1_epi16(1 << kDrop)));
+    const __m256i all = _mm256_or_si256(high[half], _mm256_min_epu16(up, _mm256_set1_epi16(1)));
     const __m256i full = _mm256_and_si256(all, _mm256_set1_epi16(0x7fff));
-    const __m256i magnitude = _mm256_min_epi16(full, _mm256_set1_epi16(kMax));
-    const __m256i odd_code = _mm256_and_si256(_mm256_srli_epi16(magnitude, kDrop), _mm256_set1_epi16(1));
-    const __m256i nearly = _mm256_add_epi16(magnitude, _mm256_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
-    code[half] = _mm256_srai_epi16(_mm256_add_epi16(nearly, odd_code), kDrop);
-    if (kSubnormals) {
-      // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
-      const __m256 least = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal));
-      const __m256 adder = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
-      const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(kMagnitude));
-      const auto count = [&](__m256 of) {
-        return _mm256_castps_si256(_mm256_add_ps(_mm256_min_ps(_mm256_and_ps(of, bits), least), adder));
-      };
-      const __m256i counts = _mm256_blend_epi16(count(value[2 * half]),
-                                                _mm256_slli_epi32(count(value[2 * half + 1]), 16), 0xaa);
-      code[half] = _mm256_max_epi16(code[half], counts);
-    } else {
-      outside[half] = _mm256_sub_epi16(full, _mm256_set1_epi16(kHalfOfSubnormal + 1));
-    }
-    sign[half] = all;
+    const __m256i nearly = _mm256_add_epi16(full, _mm256_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+    // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
+    const __m256 least = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal));
+    const __m256 adder = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
+    const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(kMagnitude));
+    const auto count = [&](__m256 of) {
+      return _mm256_castps_si256(_mm256_add_ps(_mm256_min_ps(_mm256_and_ps(of, bits), least), adder));
+    };
+    const __m256i counts = _mm256_blend_epi16(count(value[2 * half]),
+                                              _mm256_slli_epi32(count(value[2 * half + 1]), 16), 0xaa);
+    code[half] = _mm256_max_epi16(_mm256_srai_epi16(nearly, kDrop), counts);
     nan[half] = _mm256_cmpgt_epi16(full, _mm256_set1_epi16(kInfinity >> 16));
   }
-  if (!kSubnormals) {
-    const __m256i nearest = _mm256_min_epu16(outside[0], outside[1]);
-    const __m256i last = _mm256_set1_epi16(kLeast - kHalfOfSubnormal - 2);
-    odd = _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_min_epu16(nearest, last), nearest)) != 0;
-  }
-  // Packing saturates: what is below zero there has the code 0.
-  const __m256i codes = _mm256_packus_epi16(code[0], code[1]);
-  __m256i signs = _mm256_and_si256(_mm256_packs_epi16(sign[0], sign[1]), _mm256_set1_epi8(char(0x80)));
+  const __m256i codes = _mm256_min_epu8(_mm256_packus_epi16(code[0], code[1]), _mm256_set1_epi8(Out::kMaxCode));
+  __m256i signs = _mm256_and_si256(_mm256_packs_epi16(high[0], high[1]), _mm256_set1_epi8(char(0x80)));
   signs = _mm256_srli_epi16(signs, Out::kSignShift - 24);
   const __m256i is_nan = _mm256_packs_epi16(nan[0], nan[1]);
   const __m256i mixed =
@@ -82,41 +67,58 @@ NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4], bool& odd) {
   return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(mixed, together), order);
 }
 
-// `encode_32` where some of the numbers become subnormal: rare in FP8, so it is not written out in every loop.
-template <class Out>
-__attribute__((noinline, cold)) __m256i encode_32_with_subnormals(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 value[4] = {a, b, c, d};
-  bool odd;
-  return encode_32<Out, true>(value, odd);
-}
-
 #ifdef NEMO_FP8_AVX512
 
-// FP8 codes of 32 values in the way of `encode_32`, a code in each word, those of `first` in the even ones. `special`
-// says whether there are numbers that become subnormal, or NaN, whose codes are wrong.
+// Counts of the format's smallest subnormal in 32 fp32 numbers, up to the smallest normal one, a word each: those of
+// `first` in the even ones.
 template <class Out>
-NEMO_FP8_INLINE __m512i encode_words(__m512 first, __m512 second, bool& special) {
+NEMO_FP8_INLINE __m512i subnormal_words(__m512 first, __m512 second) {
+  // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
+  const __m512 least = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal));
+  const __m512 adder = _mm512_castsi512_ps(_mm512_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
+  const auto count = [&](__m512 of) __attribute__((always_inline)) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_min_ps(_mm512_abs_ps(of), least), adder));
+  };
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, count(first), _mm512_slli_epi32(count(second), 16));
+}
+
+// FP8 codes in the way of `encode_32`, a word each, of 32 numbers: those of `first` in the even ones. Without signs;
+// beyond the format's largest number they are too large. `high` becomes the numbers' upper halves, of which the
+// signs are left. `nan` says whether there are NaN, whose codes are wrong.
+template <class Out>
+NEMO_FP8_INLINE __m512i encode_words(__m512 first, __m512 second, __m512i& high, bool& nan) {
   constexpr int kDrop = Out::kShift - 16;
-  constexpr int16_t kMax = Out::kMaxBits >> 16, kLeast = Out::kSmallestNormal >> 16;
+  constexpr int16_t kLeast = Out::kSmallestNormal >> 16;
   constexpr int16_t kBias = int16_t((kLeast >> kDrop) - (1 << (7 - kDrop))) << kDrop;
-  constexpr int16_t kHalfOfSubnormal = kLeast - ((8 - kDrop) << 7);
   constexpr __mmask32 kSecond = 0xaaaaaaaa;
   const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
-  const __m512i high = _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(a, 16), b);
+  high = _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(a, 16), b);
   const __m512i low = _mm512_mask_blend_epi16(kSecond, a, _mm512_slli_epi32(b, 16));
-  const __m512i odd_low = _mm512_min_epu16(low, _mm512_set1_epi16(1));
-  const __m512i full = _mm512_ternarylogic_epi32(high, odd_low, _mm512_set1_epi16(0x7fff), 0xa8);  // (a | b) & c
-  const __m512i magnitude = _mm512_min_epi16(full, _mm512_set1_epi16(kMax));
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, kDrop), _mm512_set1_epi16(1));
-  const __m512i nearly = _mm512_add_epi16(magnitude, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
-  const __m512i rounded = _mm512_srai_epi16(_mm512_add_epi16(nearly, odd), kDrop);
-  const __m512i code = _mm512_max_epi16(rounded, _mm512_setzero_si512());
-  const __mmask32 nan = _mm512_cmpgt_epi16_mask(full, _mm512_set1_epi16(kInfinity >> 16));
-  const __m512i above = _mm512_sub_epi16(full, _mm512_set1_epi16(kHalfOfSubnormal + 1));
-  const __mmask32 small = _mm512_cmple_epu16_mask(above, _mm512_set1_epi16(kLeast - kHalfOfSubnormal - 2));
-  special = !_kortestz_mask32_u8(nan, small);
-  const __m512i sign = _mm512_srli_epi16(high, 8);
-  return _mm512_ternarylogic_epi32(code, sign, _mm512_set1_epi16(0x80), 0xf8);  // a | (b & c)
+  const __m512i up = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(1 << kDrop), 0xf8);  // a | (b & c)
+  const __m512i last = _mm512_min_epu16(up, _mm512_set1_epi16(1));
+  const __m512i full = _mm512_ternarylogic_epi32(high, last, _mm512_set1_epi16(0x7fff), 0xa8);  // (a | b) & c
+  nan = _mm512_cmpgt_epi16_mask(full, _mm512_set1_epi16(kInfinity >> 16)) != 0;
+  const __m512i nearly = _mm512_add_epi16(full, _mm512_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
+  return _mm512_max_epi16(_mm512_srai_epi16(nearly, kDrop), subnormal_words<Out>(first, second));
+}
+
+// Codes of 64 values, a byte each, from two registers of `encode_words` and the upper halves that it gave.
+template <class Out>
+NEMO_FP8_INLINE __m512i encoded_bytes(__m512i first, __m512i second, __m512i first_high, __m512i second_high) {
+  const __m512i magnitudes = _mm512_min_epu8(_mm512_packus_epi16(first, second), _mm512_set1_epi8(Out::kMaxCode));
+  const __m512i signs = _mm512_packs_epi16(first_high, second_high);
+  return _mm512_ternarylogic_epi32(magnitudes, signs, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // a | (b & c)
+}
+
+// Codes of 64 values, NaN among them: rare.
+template <class Out>
+__attribute__((noinline, cold)) void encode_any(const __m512 (&value)[4], uint8_t* codes) {
+  for (int half = 0; half < 2; ++half) {
+    const __m512 a = value[2 * half], b = value[2 * half + 1];
+    const __m256 parts[4] = {_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1), _mm512_castps512_ps256(b),
+                             _mm512_extractf32x8_ps(b, 1)};
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), encode_32<Out>(parts));
+  }
 }
 
 // 64 bytes in the order of their values, packed from two registers with 32 of them each in the way of `encode_words`.
@@ -158,36 +160,28 @@ struct BlockScales {
 // Codes of x[i] times its scale; all whole 32s.
 template <class Out, class Scales>
 NEMO_FP8_INLINE int64_t encode_whole(const float* x, int64_t count, const Scales& scales, uint8_t* codes) {
-  constexpr bool kFp8 = Out::kSignShift == 24;
   int64_t i = 0;
-  const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
-    return _mm256_mul_ps(_mm256_loadu_ps(x + at), scales.eight(at));
-  };
-  const auto with_subnormals = [&](int64_t at) __attribute__((always_inline)) {
-    const __m256i result =
-        encode_32_with_subnormals<Out>(scaled(at), scaled(at + 8), scaled(at + 16), scaled(at + 24));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), result);
-  };
 #ifdef NEMO_FP8_AVX512
-  const auto wide = [&](int64_t at) __attribute__((always_inline)) {
+  constexpr bool kFp8 = Out::kSignShift == 24;
+  const auto scaled = [&](int64_t at) __attribute__((always_inline)) {
     return _mm512_mul_ps(_mm512_loadu_ps(x + at), scales.sixteen(at));
   };
   for (; kFp8 && i + 64 <= count; i += 64) {
-    bool special[2];
-    const __m512i first = encode_words<Out>(wide(i), wide(i + 16), special[0]);
-    const __m512i second = encode_words<Out>(wide(i + 32), wide(i + 48), special[1]);
-    _mm512_storeu_si512(codes + i, in_order(_mm512_packus_epi16(first, second)));
-    if (__builtin_expect(special[0], 0)) with_subnormals(i);
-    if (__builtin_expect(special[1], 0)) with_subnormals(i + 32);
+    const __m512 value[4] = {scaled(i), scaled(i + 16), scaled(i + 32), scaled(i + 48)};
+    __m512i high[2];
+    bool nan[2];
+    const __m512i first = encode_words<Out>(value[0], value[1], high[0], nan[0]);
+    const __m512i second = encode_words<Out>(value[2], value[3], high[1], nan[1]);
+    _mm512_storeu_si512(codes + i, in_order(encoded_bytes<Out>(first, second, high[0], high[1])));
+    if (__builtin_expect(nan[0] || nan[1], 0)) encode_any<Out>(value, codes + i);
   }
 #endif
+  const auto eight = [&](int64_t at) __attribute__((always_inline)) {
+    return _mm256_mul_ps(_mm256_loadu_ps(x + at), scales.eight(at));
+  };
   for (; i + 32 <= count; i += 32) {
-    const __m256 value[4] = {scaled(i), scaled(i + 8), scaled(i + 16), scaled(i + 24)};
-    // FP8 has few subnormal numbers, FP4 nothing else below 1.
-    bool subnormals = false;
-    const __m256i result = encode_32<Out, !kFp8>(value, subnormals);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), result);
-    if (kFp8 && __builtin_expect(subnormals, 0)) with_subnormals(i);
+    const __m256 value[4] = {eight(i), eight(i + 8), eight(i + 16), eight(i + 24)};
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), encode_32<Out>(value));
   }
   return i;
 }

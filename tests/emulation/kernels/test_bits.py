@@ -233,8 +233,8 @@ SCALES = (
 @pytest.mark.parametrize("scale", [*SCALES, float("inf"), float("nan")])
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 def test_every_bf16_value_under_scales_of_all_kinds(kernels: Library, fmt: Fp8Format, scale: float) -> None:
-    """Those that become normal numbers come first, by themselves: long runs of them take a way of their own. Then
-    many with one of the others among them, all that are next to the normal ones included. Then the others.
+    """Those that become normal numbers come first, by themselves: long runs of them take a way of their own.
+    Then many with one of the others among them, those next to the normal ones too. Then the others.
     """
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     product = x.float().mul(scale).abs()

@@ -48,11 +48,11 @@ def _history_windows(
     return kernels.history_windows(histories, oldest, last, slots) if kernels is not None else None
 
 
-def _measure(source: Tensor, coded: Coded) -> Tensor | None:
+def _measure(source: Tensor, coded: Coded, first: int = 0, bulk: Tensor | None = None) -> Tensor | None:
     from nemo_fp8_recipes.emulation.kernels import for_tensor, on_host
 
     kernels = for_tensor(source) if on_host(coded.codes) else None
-    return kernels.measure(source, coded) if kernels is not None else None
+    return kernels.measure(source, coded, first, bulk) if kernels is not None else None
 
 
 def _scale_counts(

@@ -39,7 +39,7 @@ _ROUNDING = 1 + 2.0**-20
 """What rounding of scale and inverse scale may add to the largest magnitude without clipping it."""
 
 
-def measure(source: Tensor, values: Tensor, limit: Tensor) -> Tensor:
+def measure(source: Tensor, values: Tensor, limit: Tensor, bulk: Tensor | None = None) -> Tensor:
     """Compare a tensor with its quantised self. Waits for nothing; about 40 kernels.
 
     Elements that are NaN or Inf count as `elements` and `nonfinite` and nowhere else.
@@ -48,6 +48,8 @@ def measure(source: Tensor, values: Tensor, limit: Tensor) -> Tensor:
         source: what was quantised, any floating dtype, (rows, columns), not empty.
         values: fp32 of the same shape: the values that its codes stand for.
         limit: fp32, broadcastable to it: the largest magnitude that a code can stand for.
+        bulk: fp32, one element: the magnitude that elements of the bulk do not exceed, which is known from
+            elsewhere where `source` is a part of the tensor. None: that of all but its largest 1 %.
 
     Returns:
         fp64 (len(MEASURED),): number of elements, of zeros, of elements that are not zero and became zero, of
@@ -70,8 +72,8 @@ def measure(source: Tensor, values: Tensor, limit: Tensor) -> Tensor:
         error = values.sub_(x).mul_(inverse)
         x.mul_(inverse)
         norms = [torch.linalg.vector_norm(part) for part in (x, error)]
-        bulk = magnitude.le_(_bulk_limit(magnitude))  # 1 and 0
-        norms += [torch.linalg.vector_norm(part.mul_(bulk)) for part in (x, error)]
+        small = magnitude.le_(bulk if bulk is not None else _bulk_limit(magnitude))  # 1 and 0
+        norms += [torch.linalg.vector_norm(part.mul_(small)) for part in (x, error)]
         largest = largest.to(torch.float64)
         squares = torch.stack(norms).to(torch.float64).mul_(largest).square_()
         number = torch.full_like(largest, x.numel())

@@ -45,11 +45,19 @@ class _ScaleDistribution(Protocol):
     ) -> Tensor | None: ...
 
 
+class _Measure(Protocol):
+    def __call__(
+        self, source: Tensor, coded: Coded, first: int = 0, bulk: Tensor | None = None
+    ) -> Tensor | None: ...
+
+
 history_windows: Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], Tensor | None] | None = None
 """`probes.delayed.history_windows`."""
 
-measure: Callable[[Tensor, Coded], Tensor | None] | None = None
-"""`elements.measure` of a tensor that is not empty and `probes.stored.values` of its codes."""
+measure: _Measure | None = None
+"""`elements.measure` of a tensor that is not empty and `probes.stored.values` of its codes; with `bulk`, of
+the elements from `first` on and `probes.parts.values_between`.
+"""
 
 scale_counts: (
     Callable[[Sequence[Tensor], Tensor, Tensor, int], tuple[Tensor, Tensor | None] | None] | None

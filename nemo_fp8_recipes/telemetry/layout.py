@@ -3,8 +3,9 @@
 The layout is the sorted union of what each of them reads, windows behind the numbers, so that a rank that
 lacks a module (another pipeline stage, an expert elsewhere) has its places too, and leaves them empty. A mean
 has a place for each rank, and every rank's own number counts once, or as often as it has blocks; the scale of
-delayed scaling, on which the ranks should agree, has a place for its minimum and one for its maximum. Place 0
-says whether a rank read something that the layout does not have.
+delayed scaling, on which the ranks should agree, has a place for its minimum and one for its maximum. What
+ranks counted of their parts of an operand has a place for each of them, too. Place 0 says whether a rank read
+something that the layout does not have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from nemo_fp8_recipes.telemetry.codec import ABSENT, decode
 from nemo_fp8_recipes.telemetry.found import Found
-from nemo_fp8_recipes.telemetry.probes.base import COUNT, WEIGHED, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.base import COUNT, SHARED_BY, WEIGHED, ReadingSpec
 from nemo_fp8_recipes.telemetry.rows import Rows
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ __all__ = ["AVERAGES", "Layout", "Plan"]
 RANGED = "scale"
 """The minimum that is taken with its maximum, `scale_max`; that is given where the two differ."""
 
-AVERAGES = ("mean", "rms")
+AVERAGES = ("mean", "rms", "parts")
+"""What is combined on the host, of the numbers of all ranks."""
+
 _MAX_SELECTIONS = 64
 
 
@@ -42,11 +45,12 @@ class Layout:
         starts: first place of each spec; place 0 is the flag.
         size: places.
         minimum: bool (size,), where the smallest value wins.
-        averages: the specs whose ranks are averaged; they have a place for each rank.
+        averages: the specs whose ranks are averaged, or added up in parts; they have a place for each rank.
         rooted: bool (averages,), where it is the root of the mean square.
         average_places: int64 (averages, ranks).
         weighed: int64 (2, weighed averages): positions among `averages` of those that are weighed, and of
             their weights.
+        shared: int64 (2, averages in parts): positions of those, and of what says which ranks share them.
         others: the other specs.
         other_places: int64 (others,), the first place of each.
         ranged: int64, positions among `others` of those with a minimum and a maximum.
@@ -61,6 +65,7 @@ class Layout:
     rooted: np.ndarray
     average_places: np.ndarray
     weighed: np.ndarray
+    shared: np.ndarray
     others: tuple[ReadingSpec, ...]
     other_places: np.ndarray
     ranged: np.ndarray
@@ -89,6 +94,11 @@ class Layout:
             for spec in averages
             if spec.name in WEIGHED and (count := spec._replace(name=COUNT, combine="mean")) in position
         ]
+        parts = [
+            (position[spec], position[by])
+            for spec in averages
+            if spec.combine == "parts" and (by := spec._replace(name=SHARED_BY, combine="mean")) in position
+        ]
         others = tuple(spec for spec in ordered if spec.combine not in AVERAGES)
         return cls(
             ordered,
@@ -99,6 +109,7 @@ class Layout:
             rooted,
             first[:, None] + np.arange(world_size),
             np.asarray(weights, dtype=np.int64).reshape(-1, 2).T,
+            np.asarray(parts, dtype=np.int64).reshape(-1, 2).T,
             others,
             np.asarray([starts[spec] for spec in others], dtype=np.int64),
             np.asarray([index for index, spec in enumerate(others) if _ranged(spec)], dtype=np.int64),
@@ -146,6 +157,9 @@ class Layout:
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.where(weights > 0, powers * weights, 0.0).sum(axis=1) / weights.sum(axis=1)
             mean = np.where(self.rooted, np.sqrt(mean), mean).astype(np.float32)
+        parts, by = self.shared
+        if len(parts):
+            mean[parts] = _largest_sum(np.where(present[parts], here[parts], 0.0), here[by])
         return mean, present.any(axis=1)
 
 
@@ -266,6 +280,20 @@ class Plan:
             array = torch.from_numpy(getattr(self, name))
             tensor = self._device[device, name] = array.to(device, non_blocking=True)
         return tensor
+
+
+def _largest_sum(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The largest sum over ranks of one group, (n,), of values and groups (n, ranks); values of ranks that
+    have none are 0, and their groups NaN.
+    """
+    order = np.argsort(groups, axis=1, kind="stable")
+    values, groups = (np.take_along_axis(of, order, axis=1) for of in (values, groups))
+    starts = np.ones(groups.shape, dtype=bool)
+    starts[:, 1:] = groups[:, 1:] != groups[:, :-1]  # NaN is by itself
+    sums = np.add.reduceat(values.reshape(-1), np.flatnonzero(starts))
+    rows = np.flatnonzero(starts) // values.shape[1]
+    largest: np.ndarray = np.maximum.reduceat(sums, np.searchsorted(rows, np.arange(len(values))))
+    return largest
 
 
 def _numbers_first(spec: ReadingSpec) -> tuple[bool, ReadingSpec]:

@@ -33,7 +33,7 @@ from nemo_fp8_recipes.telemetry.seam import (
 from nemo_fp8_recipes.telemetry.series import TENSORS
 from nemo_fp8_recipes.telemetry.sources import sources
 from nemo_fp8_recipes.telemetry.unseen import Unseen
-from nemo_fp8_recipes.telemetry.weights import KeptWeights, main_copy
+from nemo_fp8_recipes.telemetry.weights import KeptWeights, MainCopies
 from nemo_fp8_recipes.telemetry.whatif import WhatIf
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Observer:
         self._probes: tuple[Probe, ...] = (self._delayed, *by_quantizer.values())
         self._owners = Owners(by_quantizer)
         self._weights = KeptWeights(by_quantizer, self._reread_parameter)
+        self._main_copies = MainCopies(model)
         self._unseen = Unseen(model)
         self._written: dict[int, tuple[Any, Owned]] = {}
         """id of a weight's copy -> it, and whose it is: known where the tensors themselves are read."""
@@ -249,11 +250,11 @@ class Observer:
             if one.tensor is None:
                 continue  # experts that are nothing that can be read as one
             one.owned.seen = self._step
+            if one.owned.gradient:
+                self._weights.read_parameters(self._linears)
             take = one.owned.take
             if take is None or again:
                 continue
-            if one.owned.gradient:
-                self._weights.read_parameters(self._linears)
             take(one.operand, one.quantizer, one.tensor)
         return made
 
@@ -311,8 +312,17 @@ class Observer:
             self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats)
 
     def _reread_parameter(self, operand: Operand, quantizer: Any, weight: Any) -> None:
-        if self._reads_tensors and self._is_reread(operand) and (source := main_copy(weight)) is not None:
-            self._reread(operand, quantizer, weight, source)
+        if not (self._reads_tensors and self._is_reread(operand)):
+            return
+        copy = self._main_copies.of(weight)
+        if copy is None:
+            return
+        self._measured.add(operand)
+        if self._stats:
+            self._elements.kept(operand, quantizer, weight, copy)
+        if copy.group is None and self.whatif.wants(operand):
+            source = copy.values.reshape(weight.shape)
+            self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats)
 
 
 def _made(given: Sequence[Any], result: Any) -> list[tuple[Any, Any]]:

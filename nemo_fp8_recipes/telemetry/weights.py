@@ -8,15 +8,19 @@ parameters before the optimizer can have run, copies at the end of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from nemo_fp8_recipes.telemetry.linears import Linear, Operand
 from nemo_fp8_recipes.telemetry.probes import Probe
 from nemo_fp8_recipes.telemetry.seam import quantized_kinds
+from nemo_fp8_recipes.telemetry.shares import Share, shares
 
-__all__ = ["KeptWeights", "main_copy"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["KeptWeights", "MainCopies", "MainCopy"]
 
 
 class KeptWeights:
@@ -81,13 +85,61 @@ class KeptWeights:
         return True
 
 
-def main_copy(weight: Any) -> torch.Tensor | None:
-    """What a quantised parameter was made of: the optimizer's own copy, which Megatron keeps at the parameter
-    and which has not changed since. None where there is none, or only a shard of it.
+class MainCopy(NamedTuple):
+    """What some or all elements of a quantised parameter were made of.
+
+    Attributes:
+        values: of any floating dtype, (elements,).
+        first: which element of the parameter, counted row by row, the first one is.
+        group: which ranks have the others, see `Share`; None where all are here.
+        sharded: the optimizer shares the copies of parameters among ranks, whether it cut this one or not.
     """
-    source = getattr(weight, "main_param", None)
-    if not isinstance(source, torch.Tensor) or source.numel() != weight.numel():
-        return None
-    source = source.detach().reshape(weight.shape)
-    # The distributed optimizer casts through the parameter's own dtype (`core/fp8_utils.py`).
-    return source.to(weight.dtype) if getattr(weight, "main_param_sharded", False) else source
+
+    values: torch.Tensor
+    first: int = 0
+    group: int | None = None
+    sharded: bool = True
+
+
+class MainCopies:
+    """The optimizer's own copies of quantised parameters, which Megatron keeps at the parameters and which
+    have not changed since the parameters were written from them.
+
+    Args:
+        model: the model, wrapped or not, or Megatron's list of virtual-pipeline chunks.
+    """
+
+    def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
+        self._model = model
+        self._shares: dict[int, tuple[Any, Share]] | None = None
+        """By the id of the parameter, which is kept so that it stays its own."""
+
+    def of(self, weight: Any) -> MainCopy | None:
+        """What this rank has of the copy; None where that is nothing, or nobody knows which elements."""
+        source = getattr(weight, "main_param", None)
+        if not isinstance(source, torch.Tensor) or not _is_there(source, weight):
+            return None
+        source = source.detach().reshape(-1)
+        whole = source.numel() == weight.numel()
+        share = None if whole else self._share(weight)
+        if not whole and (share is None or share.last - share.first != source.numel()):
+            return None
+        if share is None and not getattr(weight, "main_param_sharded", False):
+            return MainCopy(source, sharded=False)
+        # The distributed optimizer casts through the parameter's own dtype (`core/fp8_utils.py`).
+        source = source.to(weight.dtype)
+        return MainCopy(source) if share is None else MainCopy(source, share.first, share.group)
+
+    def _share(self, weight: Any) -> Share | None:
+        if self._shares is None:
+            self._shares = {id(parameter): (parameter, share) for parameter, share in shares(self._model)}
+        known = self._shares.get(id(weight))
+        return known[1] if known is not None else None
+
+
+def _is_there(source: torch.Tensor, weight: Any) -> bool:
+    """Whether the values of `source` lie where those of the weight do: they may be kept elsewhere between
+    optimizer steps, or their storage be given away.
+    """
+    held = source.untyped_storage().nbytes()
+    return 0 < source.numel() * source.element_size() <= held and source.device == weight.device

@@ -90,6 +90,7 @@ class Trainer:
                 clip_grad=1.0,
                 use_distributed_optimizer=self.distributed_optimizer,
                 fp8_recipe=self.config.fp8_recipe if self.config.fp8 else None,
+                reuse_grad_buf_for_mxfp8_param_ag=self._weights_through_grad_buffer,
             ),
             [self.model],
         )
@@ -145,9 +146,15 @@ class Trainer:
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=self.distributed_optimizer,
                 fp8_param_gather=self.fp8_param,
+                reuse_grad_buf_for_mxfp8_param_ag=self._weights_through_grad_buffer,
             ),
             Float16Module(self.config, gpt.cuda(torch.cuda.current_device())),
         )
+
+    @property
+    def _weights_through_grad_buffer(self) -> bool:
+        """How Megatron's distributed optimizer updates MXFP8 weights: in no other way."""
+        return self.recipe == "mxfp8" and self.fp8_param and self.distributed_optimizer
 
     @property
     def gpt(self) -> GPTModel:

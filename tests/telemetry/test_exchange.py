@@ -20,7 +20,7 @@ from nemo_fp8_recipes.telemetry import exchange as exchange_module
 from nemo_fp8_recipes.telemetry.codec import ABSENT, decode, encode
 from nemo_fp8_recipes.telemetry.exchange import Exchange
 from nemo_fp8_recipes.telemetry.layout import Layout
-from nemo_fp8_recipes.telemetry.probes.base import COUNT, Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.base import COUNT, SHARED_BY, Reading, ReadingSpec
 
 CPU = torch.device("cpu")
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -97,6 +97,24 @@ def test_a_mean_over_blocks_is_weighed_with_the_blocks_of_each_rank() -> None:
     assert found[mean] == np.float32(1.75)
     assert found[rms] == np.float32(np.sqrt((300 * 1 + 100 * 16) / 400))
     assert [found[one] for one in empty] == [0.0, 0.0, 0.0]
+
+
+def test_parts_are_added_up_where_they_are_shared_and_the_largest_sum_counts() -> None:
+    """Two shards, each shared by two of five ranks, the fifth a replica of one of them; and an operand of
+    which one rank alone has a part.
+    """
+    number, by = spec("m", "nonfinite", "parts"), spec("m", SHARED_BY, "mean")
+    lone, lone_by = number._replace(module="lone"), by._replace(module="lone")
+    absent, absent_by = number._replace(module="absent"), by._replace(module="absent")
+    layout = Layout.of([number, by, lone, lone_by, absent, absent_by], 5)
+    places = np.full(layout.size, ABSENT, dtype=np.int32)
+    values = {number: [1.0, 5.0, 3.0, 2.0, 3.0], by: [0.0, 1.0, 0.0, 1.0, 4.0], lone: [7.0], lone_by: [3.0]}
+    for one, numbers in values.items():
+        first = layout.starts[one] + (3 if one.module == "lone" else 0)
+        places[first : first + len(numbers)] = codes(numbers, minimum=False)
+    found = layout.found(places)
+    assert (found[number], found[lone]) == (7.0, 7.0)
+    assert absent not in found.specs
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from nemo_fp8_recipes.telemetry.codec import encode
-from nemo_fp8_recipes.telemetry.elements import measure
+from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.exchange import Exchange
 from nemo_fp8_recipes.telemetry.linears import Linear, Operand
 from nemo_fp8_recipes.telemetry.probes import (
@@ -29,6 +29,7 @@ from nemo_fp8_recipes.telemetry.probes import (
     scale_codes,
 )
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
+from nemo_fp8_recipes.telemetry.weights import MainCopy
 from nemo_fp8_recipes.telemetry.whatif import RECIPES, WhatIf
 from tests.telemetry.launches import Launches
 from tests.telemetry.test_delayed_probe import Module
@@ -162,6 +163,31 @@ def test_the_stats_tier_does_not_wait_and_ends_in_the_same_number_of_launches(re
             with Launches() as launches:
                 assert probe.end() is not None
             ends[modules] = len(launches.names)
+    assert ends[2] == ends[24] < 30
+
+
+@pytest.mark.parametrize("first", [0, K // 2 + 1])
+@pytest.mark.parametrize("recipe", QUANTIZERS)
+def test_a_part_of_a_primary_weight_does_not_wait(recipe: str, first: int) -> None:
+    """From the start of the weight and from the middle of a row."""
+    a_weight, ends = {}, {}
+    for modules in (2, 24):
+        with fake():
+            probe = ElementProbe(IndexCache())
+            copies = [MainCopy(torch.zeros(5 * K + 7).bfloat16(), first, group) for group in (0, 1)]
+            probe.kept(Operand("m0", "weight"), quantizer(recipe), Stored(recipe), copies[0])
+            probe.begin()  # indices are uploaded once
+            with Launches() as launches:
+                for index in range(modules):
+                    operand = Operand(f"m{index}", "weight")
+                    probe.kept(operand, quantizer(recipe), Stored(recipe), copies[index % 2])
+            a_weight[modules] = len(launches.names) / modules
+            with Launches() as launches:
+                reading = probe.end()
+            ends[modules] = len(launches.names)
+        assert reading is not None
+        assert len(reading.specs) == modules * (len(MEASURED) + 1) == reading.values.numel()
+    assert a_weight[2] == a_weight[24] < 130
     assert ends[2] == ends[24] < 30
 
 

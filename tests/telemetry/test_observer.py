@@ -106,6 +106,24 @@ def test_a_weight_that_every_micro_batch_quantises_is_read_once() -> None:
     assert watched.end()["weight", "elements"] == 64
 
 
+@pytest.mark.parametrize("recipe", ["Float8Quantizer", "Float8CurrentScalingQuantizer"])
+def test_a_primary_weight_is_read_before_the_optimizer_writes_it(recipe: str) -> None:
+    """Also under delayed scaling, of which a quantising call says nothing."""
+    watched = Watched()
+    kind = te_class(recipe, "Quantizer", dtype=Dtype(), force_pow_2_scales=False)
+    watched.module.quantizers["scaling_fwd"][1] = watched.weight = kind()
+    watched.module.quantizers["scaling_bwd"][0] = gradient = kind()
+    weight: Any = quantize(torch.ones(4, 16), watched.weight)
+    weight._quantizer, weight.device = watched.weight, torch.device("cpu")
+    weight.shape, weight.numel = (4, 16), lambda: 64
+    weight.main_param = torch.full((4, 16), 3.0)
+    watched.module.weight = weight
+    watched.call(torch.ones(4, 16), watched.input)
+    watched.call(torch.ones(4, 16), gradient)
+    weight.main_param.fill_(5.0)
+    assert watched.end()["weight", "largest"] == 3.0
+
+
 def test_an_absent_argument_is_not_the_quantizer_that_a_module_lacks() -> None:
     watched = Watched()
     watched.observer._stats = False

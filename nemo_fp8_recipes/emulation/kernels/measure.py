@@ -11,7 +11,6 @@ from nemo_fp8_recipes.emulation.kernels.native import (
     ADDRESS,
     INT,
     LONG,
-    MATRIX,
     Native,
     address,
     input_tag,
@@ -31,19 +30,24 @@ class MeasureKernels(Native):
     def __init__(self, loaded: ctypes.CDLL, team: int | None = None) -> None:
         super().__init__(loaded, team)
         codes = (ADDRESS, INT, ADDRESS, INT, LONG, LONG, LONG, LONG, LONG, INT, ADDRESS, INT)
-        self._measure = self.bind("measure", None, *MATRIX, *codes, LONG, LONG, ADDRESS, INT)
+        part = (ADDRESS, INT, LONG, LONG, LONG)
+        self._measure = self.bind("measure", None, *part, *codes, ADDRESS, LONG, LONG, ADDRESS, INT)
 
-    def measure(self, source: Tensor, coded: Coded) -> Tensor:
-        """`telemetry.elements.measure` of a tensor and the values of its codes (`probes.stored.values`).
+    def measure(self, source: Tensor, coded: Coded, first: int = 0, bulk: Tensor | None = None) -> Tensor:
+        """`telemetry.elements.measure` of a tensor and the values of its codes (`probes.stored.values`), or
+        of a part of it and the values of that (`probes.parts.values_between`).
 
         Args:
-            source: what was quantised, not empty, of any shape with as many elements as `coded`.
+            source: what was quantised, not empty, of any shape: all elements of `coded`, or a run of them.
+            first: which one of them, counted row by row, the first element of `source` is.
+            bulk: as `telemetry.elements.measure` has it; not None where `source` is not all of them.
 
         Returns:
             fp64 (len(MEASURED),), the sums rounded less than the reference's; the same on any number of
             threads.
         """
-        m, k = coded.shape
+        _, k = coded.shape
+        elements = source.numel()
         x, codes = source.contiguous(), coded.codes.contiguous()
         scales, amax = coded.scales, coded.amax
         row_stride, block_stride, tiles = *scales.stride(), 0
@@ -56,8 +60,9 @@ class MeasureKernels(Native):
         self._measure(
             x.data_ptr(),
             input_tag(x),
-            m,
             k,
+            first,
+            first + elements,
             codes.data_ptr(),
             _FORMATS[coded.format],
             scales.data_ptr(),
@@ -69,8 +74,9 @@ class MeasureKernels(Native):
             coded.swizzle == "columnwise",
             address(amax),
             amax is not None and amax.numel() > 1,
-            *bulk_sample(m * k, k),
+            address(bulk),
+            *bulk_sample(elements, k),
             out.data_ptr(),
-            self.threads(m * k),
+            self.threads(elements),
         )
         return out

@@ -10,10 +10,15 @@ from nemo_fp8_recipes.telemetry.linears import Operand
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COUNT", "WEIGHED", "Combine", "Probe", "Reading", "ReadingSpec", "element_format"]
+__all__ = ["COUNT", "SHARED_BY", "WEIGHED", "Combine", "Probe", "Reading", "ReadingSpec", "element_format"]
 
-Combine = Literal["max", "min", "mean", "rms"]
+Combine = Literal["max", "min", "mean", "rms", "parts"]
 
+
+SHARED_BY = "shared_by"
+"""Reading of which ranks share the operand's "parts" readings: a number that they have in common; no
+statistic itself.
+"""
 
 COUNT = "scale_inv_count"
 """Reading of how many blocks `WEIGHED` describe on each rank; no statistic itself."""
@@ -31,7 +36,8 @@ class ReadingSpec(NamedTuple):
         recipe: canonical recipe name.
         format: element format, "e4m3", "e5m2" or "e2m1".
         combine: over ranks; "max" and "min" let NaN win, "mean" and "rms" (root of the mean square) are over
-            the ranks that have the operand, those of `WEIGHED` weighed with the `COUNT` of each.
+            the ranks that have the operand, those of `WEIGHED` weighed with the `COUNT` of each; "parts" is
+            the sum over the ranks that share the operand (`SHARED_BY`), and the largest of such sums.
         length: numbers in the reading; 1, or the length of a window.
         power_of_two: block and tensorwise scales are rounded to powers of two.
         whatif: the tensor was not quantised like this: it is what this recipe would have done to it.

@@ -9,18 +9,24 @@ many modules there are.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.telemetry import host_kernels
+from nemo_fp8_recipes.telemetry.coded import Coded
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.linears import Operand
-from nemo_fp8_recipes.telemetry.probes.base import Combine, Reading, ReadingSpec
+from nemo_fp8_recipes.telemetry.probes.base import SHARED_BY, Combine, Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
-from nemo_fp8_recipes.telemetry.probes.stored import stored, values
+from nemo_fp8_recipes.telemetry.probes.parts import bulk_limit, values_between
+from nemo_fp8_recipes.telemetry.probes.stored import in_order, stored, values
+
+if TYPE_CHECKING:
+    from nemo_fp8_recipes.telemetry.weights import MainCopy
 
 __all__ = ["ElementProbe", "ElementSums"]
 
@@ -36,7 +42,8 @@ _COMBINE: dict[str, Combine] = {
 class ElementSums:
     """Measurements of the step's tensors, added up by operand at its end.
 
-    The key of a measurement is the spec of its readings, but for their names.
+    The key of a measurement is the spec of its readings, but for their names; it combines as "parts" where
+    other ranks measure other elements of the same tensor.
     """
 
     def __init__(self, indices: IndexCache) -> None:
@@ -73,9 +80,13 @@ class ElementSums:
 @functools.lru_cache(maxsize=16)
 def _specs(keys: tuple[ReadingSpec, ...]) -> tuple[ReadingSpec, ...]:
     """What is read of these operands: the same tuple for the same ones."""
-    return tuple(
-        key._replace(name=name, combine=_COMBINE.get(name, "mean")) for key in keys for name, _ in MEASURED
-    )
+    return tuple(key._replace(name=name, combine=_combine(key, name)) for key in keys for name, _ in MEASURED)
+
+
+def _combine(key: ReadingSpec, name: str) -> Combine:
+    if key.combine == "parts" and name == "nonfinite":
+        return "parts"
+    return _COMBINE.get(name, "mean")
 
 
 class ElementProbe:
@@ -88,6 +99,8 @@ class ElementProbe:
     def begin(self) -> None:
         self._sums = ElementSums(self._indices)
         self._columnwise: list[tuple[ReadingSpec, Tensor]] = []
+        self._groups: dict[ReadingSpec, int] = {}
+        """Which ranks share the weights of which this one measured a part."""
 
     def quantised(self, operand: Operand, quantizer: Any, tensor: Any, source: Tensor) -> None:
         """`quantizer` made `tensor` of `source`, of any shape with the same last dimension."""
@@ -101,7 +114,34 @@ class ElementProbe:
         if measured is None:
             found = values(coded, self._indices)
             measured = measure(source.reshape(found.values.shape), found.values, found.limit)
-        spec = ReadingSpec(operand.module, operand.tensor, "", recipe_of(quantizer), coded.format, "mean")
+        self._add(ReadingSpec(*operand, "", recipe_of(quantizer), coded.format, "mean"), coded, measured)
+
+    def kept(self, operand: Operand, quantizer: Any, weight: Any, copy: MainCopy) -> None:
+        """The parameter `weight` was made of a high-precision copy, of which all or a part is here. Where
+        ranks share such copies, what the bulk is follows from the codes, which are all here: it is the same,
+        however this one is cut.
+        """
+        if not copy.sharded:
+            self.quantised(operand, quantizer, weight, copy.values.reshape(weight.shape))
+            return
+        coded = stored(quantizer, weight)
+        if coded is None:
+            return
+        coded = in_order(coded, self._indices)
+        source, first = copy.values, copy.first
+        bulk = bulk_limit(coded, self._indices)
+        kernel = host_kernels.measure
+        measured = kernel(source, coded, first, bulk) if kernel is not None else None
+        if measured is None:
+            found = values_between(coded, first, first + source.numel(), self._indices)
+            measured = measure(source.reshape(found.values.shape), found.values, found.limit, bulk)
+        shared = copy.group is not None
+        spec = ReadingSpec(*operand, "", recipe_of(quantizer), coded.format, "parts" if shared else "mean")
+        if copy.group is not None:
+            self._groups[spec] = copy.group
+        self._add(spec, coded, measured)
+
+    def _add(self, spec: ReadingSpec, coded: Coded, measured: Tensor) -> None:
         if coded.rowwise:
             self._sums.add(spec, measured)
         else:
@@ -113,4 +153,15 @@ class ElementProbe:
         for spec, measured in alone:
             self._sums.add(spec, measured)
         self._columnwise = []
-        return self._sums.end()
+        reading, groups = self._sums.end(), self._groups
+        self._groups = {}
+        if reading is None or not groups:
+            return reading
+        # Filled on the device, one run for each set of ranks: mostly there is one, and one for experts.
+        ordered = sorted(groups, key=lambda spec: groups[spec])
+        runs = [
+            reading.values.new_full((sum(1 for _ in those),), float(group))
+            for group, those in itertools.groupby(ordered, key=lambda spec: groups[spec])
+        ]
+        specs = tuple(spec._replace(name=SHARED_BY, combine="mean") for spec in ordered)
+        return Reading((*reading.specs, *specs), torch.cat([reading.values, *runs]))

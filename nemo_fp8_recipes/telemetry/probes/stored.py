@@ -25,7 +25,7 @@ from nemo_fp8_recipes.telemetry.probes.base import element_format
 from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 
-__all__ = ["Stored", "per_block_limit", "stored", "values"]
+__all__ = ["Stored", "in_order", "per_block_limit", "scale_inverses", "stored", "values"]
 
 
 class Stored(NamedTuple):
@@ -55,25 +55,41 @@ def stored(quantizer: Any, tensor: Any) -> Coded | None:
 
 def values(coded: Coded, indices: IndexCache) -> Stored:
     """The values of the codes, in torch operations that wait for nothing."""
-    rows, columns = coded.shape
-    scales = coded.scales
-    if coded.swizzle:
-        down, across = -(-rows // coded.block[0]), -(-columns // coded.block[1])
-        positions = unpadded_positions(down, across, *scales.shape, coded.swizzle)
-        picked = scales.reshape(-1).index_select(0, indices.on(scales.device, positions))
-        scales = picked.view(down, across)
+    coded = in_order(coded, indices)
+    scale_inv = scale_inverses(coded.scales, coded.amax)
     if coded.amax is not None:
-        scale_inv = decode(scales, E4M3).mul_(coded.amax.reshape(-1, 1)).mul_(1.0 / (E4M3.max * E2M1_MAX))
-        found = nvfp4.dequantize(coded.codes, scales, coded.amax)
+        found = nvfp4.dequantize(coded.codes, coded.scales, coded.amax)
         return Stored(found, per_block_limit(scale_inv, E2M1_MAX, coded.block, found.shape))
     fmt = FORMATS[coded.format]
-    scale_inv = mxfp8.e8m0_to_fp32(scales) if scales.dtype == torch.uint8 else scales
     if coded.block == coded.shape:
         return Stored(dequantize(coded.codes, scale_inv, fmt), scale_inv * fmt.max)
     return Stored(
         dequantize_blocks(coded.codes, scale_inv, fmt, coded.block),
         per_block_limit(scale_inv, fmt.max, coded.block, coded.codes.shape),
     )
+
+
+def in_order(coded: Coded, indices: IndexCache) -> Coded:
+    """The same with one scale for each block, in the order of the blocks."""
+    if not coded.swizzle:
+        return coded
+    rows, columns = coded.shape
+    down, across = -(-rows // coded.block[0]), -(-columns // coded.block[1])
+    positions = unpadded_positions(down, across, *coded.scales.shape, coded.swizzle)
+    picked = coded.scales.reshape(-1).index_select(0, indices.on(coded.scales.device, positions))
+    return coded._replace(scales=picked.view(down, across), swizzle="")
+
+
+def scale_inverses(scales: Tensor, amax: Tensor | None) -> Tensor:
+    """What codes are multiplied with, fp32 of the shape of `scales`.
+
+    Args:
+        scales: as `Coded.scales`, in the order of the blocks.
+        amax: as `Coded.amax`.
+    """
+    if amax is not None:
+        return decode(scales, E4M3).mul_(amax.reshape(-1, 1)).mul_(1.0 / (E4M3.max * E2M1_MAX))
+    return mxfp8.e8m0_to_fp32(scales) if scales.dtype == torch.uint8 else scales
 
 
 def per_block_limit(scale_inv: Tensor, largest: float, block: tuple[int, int], shape: torch.Size) -> Tensor:

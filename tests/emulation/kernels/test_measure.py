@@ -20,6 +20,7 @@ from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.stored import values
 from tests.numerics.inputs import DTYPES, mixed
+from tests.telemetry.elements_oracle import bulk_limit, measured
 
 COUNTS = ("elements", "zero_elements", "underflows", "saturated", "nonfinite", "largest")
 SUMS = ("norm", "noise", "bulk_norm", "bulk_noise")
@@ -33,55 +34,10 @@ BLOCKS = {
     "nvfp4": (1, 16),
 }
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def oracle(source: Tensor, coded: Coded, scales: np.ndarray) -> dict[str, float]:
-    """By numpy and ml_dtypes alone.
-
-    Args:
-        scales: fp32, what the codes of each block are multiplied with.
-    """
-    codes = coded.codes.numpy()
-    if coded.format == "e2m1":
-        plain, largest = np.stack([E2M1[codes & 15], E2M1[codes >> 4]], axis=-1).reshape(len(codes), -1), 6.0
-    else:
-        kind = ml_dtypes.float8_e4m3fn if coded.format == "e4m3" else ml_dtypes.float8_e5m2
-        plain, largest = codes.view(kind).astype(np.float32), 448.0 if coded.format == "e4m3" else 57344.0
-    rows, columns = plain.shape
-    every = scales.repeat(coded.block[0], axis=0).repeat(coded.block[1], axis=1)[:rows, :columns]
-    with np.errstate(all="ignore"):
-        value = plain * every
-        limit = every * np.float32(largest) * np.float32(1 + 2**-20)
-    x = source.to(torch.float32).numpy().reshape(rows, columns)
-    known = np.isfinite(x)
-    x, value = np.where(known, x, 0), np.where(known & np.isfinite(value), value, 0)
-    magnitude = np.abs(x)
-    stride = next(
-        stride
-        for stride in range(max(1, x.size // 32768), x.size + columns)
-        if math.gcd(stride, columns) == 1
-    )
-    sample = np.sort(magnitude.reshape(-1)[::stride])
-    bulk = magnitude <= sample[math.ceil(0.99 * sample.size) - 1]
-    exact = x.astype(np.float64)
-    error = value.astype(np.float64) - exact
-    return {
-        "elements": x.size,
-        "zero_elements": int((known & (x == 0)).sum()),
-        "underflows": int((x != 0).sum()) - int((value != 0).sum()),
-        "saturated": int((magnitude > limit).sum()),
-        "nonfinite": int((~known).sum()),
-        "norm": np.square(exact).sum(),
-        "noise": np.square(error).sum(),
-        "bulk_norm": np.square(exact[bulk]).sum(),
-        "bulk_noise": np.square(error[bulk]).sum(),
-        "largest": float(magnitude.max()),
-    }
-
-
-def named(measured: Tensor) -> dict[str, float]:
-    return dict(zip((name for name, _ in MEASURED), measured.tolist(), strict=True))
+def named(found: Tensor) -> dict[str, float]:
+    return dict(zip((name for name, _ in MEASURED), found.tolist(), strict=True))
 
 
 def as_torch(source: Tensor, coded: Coded) -> dict[str, float]:
@@ -90,7 +46,7 @@ def as_torch(source: Tensor, coded: Coded) -> dict[str, float]:
 
 
 def check(kernels: Library, source: Tensor, coded: Coded, scales: np.ndarray) -> None:
-    found, expected = named(kernels.measure(source, coded)), oracle(source, coded, scales)
+    found, expected = named(kernels.measure(source, coded)), measured(source, coded, scales)
     assert {name: found[name] for name in COUNTS} == {name: expected[name] for name in COUNTS}
     for name in SUMS:  # only the order of summation differs
         assert found[name] == pytest.approx(expected[name], rel=1e-12, abs=0), name
@@ -188,6 +144,34 @@ def test_every_layout_of_any_values(
     check(kernels, x, coded, fp32_scales(coded))
 
 
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 290), st.integers(1, 290)),
+    wide=st.booleans(),
+    kind=KINDS,
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=SEEDS,
+)
+def test_a_part_of_a_matrix(
+    kernels: Library, shape: tuple[int, int], wide: bool, kind: str, ends: tuple[float, float], seed: int
+) -> None:
+    """That begins and ends anywhere, in the middle of rows and blocks too."""
+    if wide:
+        shape = (shape[0] // 30 + 1, 8 * shape[1])
+    if kind == "nvfp4":
+        shape = (shape[0], -(-shape[1] // 16) * 16)
+    x = mixed(shape, DTYPES[seed % len(DTYPES)], seed)
+    coded = quantised(x, kind, "e4m3")
+    scales = fp32_scales(coded)
+    first, last = sorted(int(end * (x.numel() - 1)) for end in ends)
+    source, bulk = x.reshape(-1)[first : last + 1], bulk_limit(coded, scales)
+    found = named(kernels.measure(source, coded, first, torch.tensor(bulk)))
+    expected = measured(source, coded, scales, bulk, first)
+    assert {name: found[name] for name in COUNTS} == {name: expected[name] for name in COUNTS}
+    for name in SUMS:
+        assert found[name] == pytest.approx(expected[name], rel=1e-12, abs=0), name
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("shape", [(300, 1024), (2050, 48), (5, 17008), (1, 70016)])
 def test_tensors_of_which_a_sample_gives_the_bulk(
@@ -271,7 +255,7 @@ def test_it_is_nearer_to_the_truth_than_the_torch_operations(native: Library) ->
     x = mixed((512, 1024), torch.bfloat16, special=False)
     coded = quantised(x, "mxfp8 rowwise", "e4m3")
     truth, found, reference = (
-        oracle(x, coded, fp32_scales(coded)),
+        measured(x, coded, fp32_scales(coded)),
         named(native.measure(x, coded)),
         as_torch(x, coded),
     )

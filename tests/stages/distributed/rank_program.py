@@ -112,12 +112,13 @@ def run(name: str, options: dict[str, Any], out: Path, *, steps: int) -> dict[st
                 if not fused_norm:  # what a fused norm hands to its GEMM cannot be seen from outside
                     take(path, "input", arguments[0], scale_of(module, "scaling_fwd", 0))
                 weight = module.weight
-                if trainer.fp8_param:  # what the quantised parameter was written from, if it is all here
-                    main = weight.main_param
-                    whole = main is not None and main.numel() == weight.numel()
-                    weight = main.view(weight.shape) if whole else torch.empty(0)
+                if trainer.fp8_param:  # what the quantised parameter was written from, wherever it is
+                    shape, weight = weight.shape, weight.main_param
                     if trainer.distributed_optimizer:
-                        weight = weight.bfloat16()
+                        pieces: list[Any] = [None] * dist.get_world_size()
+                        dist.all_gather_object(pieces, weight)
+                        weight = torch.cat([piece for piece in pieces if piece is not None]).bfloat16()
+                    weight = weight.view(shape)
                 take(path, "weight", weight, scale_of(module, "scaling_fwd", 1))
 
         def after(_: Any, __: Any, output: Any) -> None:

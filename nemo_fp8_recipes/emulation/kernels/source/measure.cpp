@@ -6,21 +6,24 @@
 
 using namespace fp8;
 
-// `out` has room for what `MEASURED` of telemetry/elements.py lists.
-KERNEL void nemo_fp8_measure(const void* x, int32_t input, int64_t m, int64_t k, const uint8_t* codes,
-                             int32_t format, const void* scales, int32_t scale_format, int64_t block_rows,
-                             int64_t block_columns, int64_t row_stride, int64_t block_stride, int64_t tiles,
-                             int32_t swapped, const float* amax, int32_t row_scaled, int64_t stride, int64_t top,
-                             double* out, int32_t threads) {
+// x is the elements `first` to `last` of a matrix whose rows have k. `limit` is the bulk's, or null: then `stride`
+// and `top` say how it is found in x. `out` has room for what `MEASURED` of telemetry/elements.py lists.
+KERNEL void nemo_fp8_measure(const void* x, int32_t input, int64_t k, int64_t first, int64_t last,
+                             const uint8_t* codes, int32_t format, const void* scales, int32_t scale_format,
+                             int64_t block_rows, int64_t block_columns, int64_t row_stride, int64_t block_stride,
+                             int64_t tiles, int32_t swapped, const float* amax, int32_t row_scaled,
+                             const float* limit, int64_t stride, int64_t top, double* out, int32_t threads) {
   const ScalePlace place{row_stride, block_stride, tiles};
   const Coded coded{codes,         format,       scales, scale_format, block_rows,
                     block_columns, swapped != 0, place,  amax,         row_scaled != 0};
-  const Measured sums = measure({x, input}, m, k, coded, stride, top, threads);
-  const double number[] = {double(m * k),
+  const int64_t elements = last - first;
+  const int32_t limit_bits = limit ? as_bits(*limit) : bulk_limit({x, input}, elements, stride, top);
+  const Measured sums = measure({x, input}, k, {first, last}, coded, limit_bits, threads);
+  const double number[] = {double(elements),
                            double(sums.finite - sums.nonzero),
                            double(sums.nonzero - sums.kept),
                            double(sums.saturated),
-                           double(m * k - sums.finite),
+                           double(elements - sums.finite),
                            sums.norm,
                            sums.noise,
                            sums.bulk_norm,

@@ -197,44 +197,52 @@ inline int32_t bulk_limit(Input x, int64_t count, int64_t stride, int64_t top) {
   return of([=](int64_t i) { return as_bits(from_float16(halves[i])); });
 }
 
-// Compares x [m, k] with what its codes stand for. `stride` and `top` say how the bulk's limit is found. The sums
+// A part of a matrix: elements `first` to `last`, counted row by row.
+struct Part {
+  int64_t first, last;
+};
+
+// Compares x, a part of a matrix [m, k], with what its codes stand for; `limit_bits` is the bulk's limit. The sums
 // of pieces are added in their order, so that they are the same on any number of threads.
-inline Measured measure(Input x, int64_t m, int64_t k, const Coded& coded, int64_t stride, int64_t top,
-                        int32_t threads) {
+inline Measured measure(Input x, int64_t k, Part part, const Coded& coded, int32_t limit_bits, int32_t threads) {
   constexpr int64_t kColumns = 1024, kElements = 1 << 14;
-  const int32_t limit_bits = bulk_limit(x, m * k, stride, top);
   const float max = coded.format == kCodesE4M3 ? E4M3::max : coded.format == kCodesE5M2 ? E5M2::max : 6.0f;
-  const int64_t rows = std::max<int64_t>(1, kElements / k), strips = (m + rows - 1) / rows;
+  const int64_t top = part.first / k, bottom = (part.last + k - 1) / k;  // the rows that it touches
+  const int64_t rows = std::max<int64_t>(1, kElements / k), strips = (bottom - top + rows - 1) / rows;
   std::vector<Measured> parts(static_cast<size_t>(strips));
   parallel(strips, threads, [&](int64_t first, int64_t last) {
     alignas(64) float values[kColumns], scale[kColumns], of[kColumns];
     alignas(64) int32_t bulk[kColumns];
     for (int64_t strip = first; strip < last; ++strip) {
       Measured sums{};
+      const int64_t begin = top + strip * rows, end = std::min(begin + rows, bottom);
       for (int64_t j = 0; j < k; j += kColumns) {
-        const int64_t count = std::min(kColumns, k - j);
-        for (int64_t i = strip * rows; i < std::min((strip + 1) * rows, m); ++i) {
-          if (i == strip * rows || i % coded.block_rows == 0) scales_of(coded, i, j, count, scale);
-          values_of(coded, i * k + j, count, scale, values);
-          x.copy(i * k + j, count, of);
-          count_elements(of, values, scale, max, limit_bits, count, bulk, sums);
-          add_squares(of, values, bulk, count, sums);
+        const int64_t columns = std::min(kColumns, k - j);
+        for (int64_t i = begin; i < end; ++i) {
+          if (i == begin || i % coded.block_rows == 0) scales_of(coded, i, j, columns, scale);
+          const int64_t offset = i * k + j, skipped = std::max<int64_t>(0, part.first - offset);
+          const int64_t count = std::min(columns, part.last - offset) - skipped;
+          if (count <= 0) continue;
+          values_of(coded, offset, columns, scale, values);
+          x.copy(offset + skipped - part.first, count, of);
+          count_elements(of, values + skipped, scale + skipped, max, limit_bits, count, bulk, sums);
+          add_squares(of, values + skipped, bulk, count, sums);
         }
       }
       parts[static_cast<size_t>(strip)] = sums;
     }
   });
   Measured all{};
-  for (const Measured& part : parts) {
-    all.nonzero += part.nonzero;
-    all.kept += part.kept;
-    all.saturated += part.saturated;
-    all.finite += part.finite;
-    all.norm += part.norm;
-    all.noise += part.noise;
-    all.bulk_norm += part.bulk_norm;
-    all.bulk_noise += part.bulk_noise;
-    all.largest = std::max(all.largest, part.largest);
+  for (const Measured& one : parts) {
+    all.nonzero += one.nonzero;
+    all.kept += one.kept;
+    all.saturated += one.saturated;
+    all.finite += one.finite;
+    all.norm += one.norm;
+    all.noise += one.noise;
+    all.bulk_norm += one.bulk_norm;
+    all.bulk_noise += one.bulk_noise;
+    all.largest = std::max(all.largest, one.largest);
   }
   return all;
 }

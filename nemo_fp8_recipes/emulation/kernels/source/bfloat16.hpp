@@ -1,7 +1,7 @@
 // FP8 codes of bf16 values under one scale.
 #pragma once
 
-#include "rows.hpp"
+#include "encode.hpp"
 
 #ifdef NEMO_FP8_AVX512
 

@@ -6,9 +6,11 @@
 
 #include <vector>
 
+#include "decode.hpp"
 #include "elements.hpp"
+#include "encode.hpp"
+#include "largest.hpp"
 #include "loops.hpp"
-#include "rows.hpp"
 #include "scale_place.hpp"
 
 namespace fp8 {

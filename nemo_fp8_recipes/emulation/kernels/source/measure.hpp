@@ -5,9 +5,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "decode.hpp"
 #include "elements.hpp"
 #include "loops.hpp"
-#include "rows.hpp"
 #include "scale_place.hpp"
 
 namespace fp8 {

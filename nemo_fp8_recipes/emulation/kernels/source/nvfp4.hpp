@@ -4,6 +4,7 @@
 #pragma once
 
 #include "hadamard.hpp"
+#include "largest.hpp"
 #include "loops.hpp"
 #include "nvfp4_codes.hpp"
 #include "philox.hpp"

@@ -1,7 +1,7 @@
 // E2M1 codes in pairs, rounded to nearest or stochastically. Reference: numerics/fp4.py.
 #pragma once
 
-#include "rows.hpp"
+#include "encode.hpp"
 
 namespace fp8 {
 

@@ -1,4 +1,5 @@
 // Per-tensor FP8.
+#include "decode.hpp"
 #include "interface.hpp"
 #include "per_tensor.hpp"
 

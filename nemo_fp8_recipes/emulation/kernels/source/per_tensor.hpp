@@ -7,8 +7,9 @@
 
 #include "bfloat16.hpp"
 #include "elements.hpp"
+#include "encode.hpp"
+#include "largest.hpp"
 #include "loops.hpp"
-#include "rows.hpp"
 
 namespace fp8 {
 

@@ -1,7 +1,8 @@
 // 32-bit values side by side, as many as a register holds, in the vector types that GCC and Clang have for every machine.
 #pragma once
 
-#include "rows.hpp"
+#include "elements.hpp"
+#include "instructions.hpp"
 
 namespace fp8 {
 

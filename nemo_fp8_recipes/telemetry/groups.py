@@ -20,7 +20,7 @@ from nemo_fp8_recipes.telemetry.seam import grouped_kinds
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OneMatrix", "is_grouped", "one_matrix"]
+__all__ = ["Experts", "OneMatrix", "is_grouped", "one_matrix"]
 
 _BLOCK = 128
 
@@ -28,6 +28,25 @@ _BLOCK = 128
 def is_grouped(value: object) -> bool:
     """Whether `value` is one of Transformer Engine's grouped tensors, or the storage of one."""
     return grouped_kinds[type(value)]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Whose rows the rows of a matrix are.
+
+    Attributes:
+        members: how many experts.
+        of_row: expert of each row, int64 (rows,). Rows behind the last one's count as its own.
+    """
+
+    members: int
+    of_row: Tensor
+
+    def largest(self, of_rows: Tensor) -> Tensor:
+        """The largest number of each expert's rows, (members,), of numbers (rows,) that are not negative; 0
+        of an expert without rows.
+        """
+        return of_rows.new_zeros(self.members).scatter_reduce_(0, self.of_row, of_rows, "amax")
 
 
 @dataclass(slots=True)
@@ -72,6 +91,10 @@ class OneMatrix:
         if scales is not None and scales.dtype == torch.float32 and scales.shape[1] == self.rows:
             changes["_rowwise_scale_inv"] = self._together(scales)
         return dataclasses.replace(self, **changes)
+
+    def experts(self) -> Experts | None:
+        """Whose rows these are; None where there is one expert."""
+        return None if self.members == 1 else Experts(self.members, self._experts())
 
     def _experts(self) -> Tensor:
         """Expert of each row, int64 (rows,). Rows behind the last one's count as its own."""

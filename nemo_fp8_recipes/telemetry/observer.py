@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,7 +87,8 @@ class Observer:
             "NVFP4Quantizer": Nvfp4Probe(indices),
         }
         self._elements = ElementProbe(indices)
-        self.whatif = WhatIf(whatif, indices, rank=rank, ranks=ranks)
+        members = Counter(linear.whole for linear in self._linears)
+        self.whatif = WhatIf(whatif, indices, rank=rank, ranks=ranks, members=members)
         self._probes: tuple[Probe, ...] = (self._delayed, *by_quantizer.values())
         self._owners = Owners(by_quantizer)
         self._weights = KeptWeights(by_quantizer, self._reread_parameter)
@@ -111,11 +113,14 @@ class Observer:
         )
 
     def chosen_modules(self) -> set[str]:
-        """The GEMMs on this rank with an operand that is judged under the other recipes."""
+        """The GEMMs on this rank, and modules of several, with an operand that is judged under the other
+        recipes.
+        """
         return {
-            linear.path
+            path
             for linear in self._linears
-            if any(self.whatif.wants(Operand(linear.path, tensor)) for tensor in TENSORS)
+            for path in {linear.path, linear.whole}
+            if any(self.whatif.wants(Operand(path, tensor)) for tensor in TENSORS)
         }
 
     def begin(self, *, stats: bool = False) -> None:
@@ -308,8 +313,9 @@ class Observer:
         self._measured.add(operand)
         if self._stats:
             self._elements.quantised(operand, quantizer, tensor, source)
-        if self.whatif.wants(operand) and not isinstance(tensor, OneMatrix):
-            self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats)
+        if self.whatif.wants(operand):
+            experts = tensor.experts() if isinstance(tensor, OneMatrix) else None
+            self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats, experts=experts)
 
     def _reread_parameter(self, operand: Operand, quantizer: Any, weight: Any) -> None:
         if not (self._reads_tensors and self._is_reread(operand)):

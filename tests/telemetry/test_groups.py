@@ -196,6 +196,61 @@ def test_experts_of_zeros_alone():
     assert found[True] == found[False] == {1.0}
 
 
+def judged(recipe, grouped, step_count=2):
+    """What the other recipes would do to the inputs and gradients of `GroupedLinear`, in the last of some
+    steps: values by operand, recipe and name.
+    """
+    import transformer_engine.pytorch as te
+
+    torch.manual_seed(3)
+    module = te.GroupedLinear(
+        EXPERTS, 256, 128, use_grouped_tensor=grouped, bias=False, params_dtype=torch.bfloat16
+    )
+    observer = Observer(module, history=False, whatif=["*"])
+    for step in range(1, step_count + 1):
+        # Experts that differ by far: one amax for all of them would show.
+        loud = torch.logspace(-3, 3, sum(ROWS))[:, None] * step
+        x = (torch.randn(sum(ROWS), 256) * loud).bfloat16().requires_grad_()
+        dy = (torch.randn(sum(ROWS), 128) * loud).bfloat16()
+        observer.begin(stats=True)
+        with autocast(recipe):
+            y = module(x, torch.tensor(ROWS) if grouped else ROWS)
+        y.backward(dy)
+        reading = observer.end()
+    assert observer.chosen_modules() == {"", *(f".gemm{number}" for number in range(EXPERTS))}
+    values = reading.values.split([spec.length for spec in reading.specs])
+    return {
+        (spec.module, spec.tensor, spec.recipe, spec.name): value.tolist()
+        for spec, value in zip(reading.specs, values, strict=True)
+        if spec.whatif and spec.tensor != "weight"
+    }
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "tensorwise"])
+def test_the_other_recipes_judge_each_expert_by_itself(name):
+    recipe = recipes.load(name)
+    together, apart = judged(recipe, True), judged(recipe, False)
+    assert {key[0] for key in together} == {""}
+    others = {key[2] for key in together}
+    assert others == {"delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"} - {name}
+    combine = {
+        **dict.fromkeys(("elements", "zero_elements", "underflows", "saturated"), sum),
+        **dict.fromkeys(("norm", "noise"), lambda parts: sum(part**2 for part in parts) ** 0.5),
+        "largest": max,
+    }
+    compared = set()
+    for _, tensor, other, stat in together:
+        parts = [value for key, value in apart.items() if key[1:] == (tensor, other, stat)]
+        found = together["", tensor, other, stat]
+        if stat == "amax_by_rank":  # experts without tokens have no row where they are apart
+            assert [value for value in found if value > 0] == [value for [value] in parts]
+            assert len(found) == EXPERTS
+        elif stat in combine:
+            assert found == pytest.approx([combine[stat]([value for [value] in parts])], rel=1e-5)
+            compared.add((tensor, other, stat))
+    assert len(compared) == 2 * 4 * len(combine)
+
+
 def test_a_saved_original_input_is_read_in_the_forward_pass():
     found = readings(recipes.load("mxfp8"), True, save_original_input=True)
     assert ("", "input", "elements") in found

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from nemo_fp8_recipes.telemetry.codec import encode
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.exchange import Exchange
+from nemo_fp8_recipes.telemetry.groups import Experts
 from nemo_fp8_recipes.telemetry.linears import Linear, Operand
 from nemo_fp8_recipes.telemetry.probes import (
     BlockProbe,
@@ -191,13 +192,15 @@ def test_a_part_of_a_primary_weight_does_not_wait(recipe: str, first: int) -> No
     assert ends[2] == ends[24] < 30
 
 
-def test_judging_other_recipes_does_not_wait() -> None:
+@pytest.mark.parametrize("members", [1, 4])
+def test_judging_other_recipes_does_not_wait(members: int) -> None:
     def judge() -> None:
+        experts = Experts(members, torch.zeros(M, dtype=torch.int64)) if members > 1 else None
         whatif = WhatIf(["*"], IndexCache())
         source = torch.zeros(M, K, dtype=torch.bfloat16)
         for tensor in ("input", "weight", "grad_output"):
             for _ in range(2):
-                whatif.quantised(Operand("m", tensor), "tensorwise", source, judge=True)
+                whatif.quantised(Operand("m", tensor), "tensorwise", source, judge=True, experts=experts)
                 reading = whatif.end()
         assert reading is not None
         assert {spec.recipe for spec in reading.specs} == set(RECIPES) - {"tensorwise"}

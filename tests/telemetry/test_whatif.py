@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_fp8_recipes.telemetry.groups import Experts
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import Reading
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -91,6 +92,43 @@ def test_each_rank_goes_on_from_its_own_part_and_other_ranks_from_the_largest() 
         state = whatif._delayed.get(OPERANDS[0])
         scales[rank, ranks] = None if state is None else float(state.scale)
     assert scales == {(0, 3): 448 / 2, (1, 3): 448 / 8, (2, 3): None, (0, 2): 448 / 8}
+
+
+def of_experts(whatif: WhatIf, first: int, last: int) -> dict[int, Reading]:
+    """Logging steps of an operand that three experts have together, the second one without rows at first."""
+    found = {}
+    for step in range(first, last + 1):
+        x = torch.randn(24, 32, generator=torch.Generator().manual_seed(step)) * 2.0 ** (5 * step % 7)
+        rows = torch.tensor([8, 8 if step > 4 else 0, 8 if step > 4 else 16])
+        experts = Experts(3, torch.arange(3).repeat_interleave(rows))
+        whatif.quantised(Operand("e", "input"), "mxfp8", x, judge=True, experts=experts)
+        whatif.quantised(OPERANDS[0], "mxfp8", x, judge=True)
+        reading = whatif.end()
+        assert reading is not None
+        found[step] = reading
+    return found
+
+
+@pytest.mark.parametrize("resume_at", [1, 4, 6])
+def test_histories_of_experts_after_a_resume_are_those_of_a_run_that_went_on(resume_at: int) -> None:
+    def made() -> WhatIf:
+        return WhatIf(["*"], IndexCache(), rank=1, ranks=2, members={"e": 3})
+
+    whole, resumed = of_experts(made(), 1, 8), made()
+    resumed.restore([row for row in recorded(whole) if row.step <= resume_at], CPU)
+    for step, reading in of_experts(resumed, resume_at + 1, 8).items():
+        assert bits(reading) == bits(whole[step]), step
+    assert {row.operand.module: len(row.values) for row in recorded(whole)} == {"e": 6, "m": 2}
+
+
+def test_experts_on_other_ranks_go_on_from_the_largest() -> None:
+    rows = [Recorded(1, Operand("e", "input"), np.asarray([2.0, 8.0, 4.0, 1.0], np.float32))]
+    scales = {}
+    for rank, ranks in ((0, 2), (1, 2), (0, 1)):
+        whatif = WhatIf(["*"], IndexCache(), rank=rank, ranks=ranks, members={"e": 2})
+        whatif.restore(rows, CPU)
+        scales[rank, ranks] = (448 / whatif._delayed[rows[0].operand].scale).tolist()
+    assert scales == {(0, 2): [2.0, 8.0], (1, 2): [4.0, 1.0], (0, 1): [8.0, 8.0]}
 
 
 def test_delayed_scaling_is_judged_with_the_scale_of_the_steps_before() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from nemo_fp8_recipes.telemetry.rows import Rows
 from nemo_fp8_recipes.telemetry.series import Series, StepValues
-from nemo_fp8_recipes.telemetry.store.windows import TYPE, Entries, continued
+from nemo_fp8_recipes.telemetry.store.windows import TYPE, Entries, continued, continued_by_series
 
 __all__ = [
     "METADATA_KEY",
@@ -78,6 +79,21 @@ def metadata_of(schema: pa.Schema) -> dict[str, Any]:
     return found
 
 
+class Grid(NamedTuple):
+    """The rows of steps that all hold the same series: of each series, one a step.
+
+    Attributes:
+        order: int64 (series,), places in the step's numbers and, behind them, its windows, in the order of
+            the rows.
+        windowed: bool (series,), in this order, whether it is a window.
+        names: the columns `NAMES`.
+    """
+
+    order: np.ndarray
+    windowed: np.ndarray
+    names: list[pa.DictionaryArray]
+
+
 class SeriesIndex:
     """The series that a writer has seen, each with its place in the order of the rows.
 
@@ -96,6 +112,7 @@ class SeriesIndex:
         self._ranks = np.zeros(0, dtype=np.int32)
         self._sorted: list[Series] = []
         self._codes: list[tuple[np.ndarray, pa.Array]] = []
+        self._grid: tuple[tuple[np.ndarray, np.ndarray], int, Grid | None] | None = None
 
     def numbers(self, series: tuple[Series, ...]) -> np.ndarray:
         """int32 (len(series),): a number for each, which it keeps."""
@@ -119,6 +136,7 @@ class SeriesIndex:
             self._ranks[order] = np.arange(len(order), dtype=np.int32)
             self._sorted = [self._series[index] for index in order]
             self._codes = [_encoded([getattr(one, name) for one in self._sorted]) for name in NAMES]
+            self._grid = None
         return self._ranks
 
     def names(self, ranks: np.ndarray) -> list[pa.DictionaryArray]:
@@ -127,6 +145,25 @@ class SeriesIndex:
             pa.DictionaryArray.from_arrays(pa.array(codes[ranks]), dictionary)
             for codes, dictionary in self._codes
         ]
+
+    def grid(self, numbers: np.ndarray, windowed: np.ndarray, steps: int) -> Grid | None:
+        """The rows of so many steps that hold these series, as numbers and as windows; None where one of them
+        comes twice in a step. The same as the last time, mostly.
+
+        Args:
+            numbers, windowed: what `numbers` gave.
+        """
+        known = self._grid
+        if known is not None and known[0][0] is numbers and known[0][1] is windowed and known[1] == steps:
+            return known[2]
+        ranks = self.ranks()[np.concatenate([numbers, windowed])]
+        order = np.argsort(ranks, kind="stable")
+        ranks = ranks[order]
+        found = None
+        if (np.diff(ranks) > 0).all():
+            found = Grid(order, order >= len(numbers), self.names(np.repeat(ranks, steps)))
+        self._grid = ((numbers, windowed), steps, found)
+        return found
 
 
 def to_table(steps: Sequence[StepValues], schema: pa.Schema, index: SeriesIndex | None = None) -> pa.Table:
@@ -139,17 +176,50 @@ def to_table(steps: Sequence[StepValues], schema: pa.Schema, index: SeriesIndex 
     """
     index = index if index is not None else SeriesIndex()
     numbers = [index.numbers(values.series) for values in steps]
-    windowed = [index.numbers(tuple(values.windows)) for values in steps]
+    windowed = [index.numbers(_names(values.windows)) for values in steps]
     ranks = index.ranks()
+    if steps and all(one is numbers[0] for one in numbers) and all(one is windowed[0] for one in windowed):
+        grid = index.grid(numbers[0], windowed[0], len(steps))
+        if grid is not None:
+            return pa.Table.from_arrays(_of_grid(grid, windowed[0], steps), schema=schema)
     scalars = _Rows.of([ranks[one] for one in numbers], [v.step for v in steps], [v.values for v in steps])
     if not any(len(one) for one in windowed):
         order = scalars.order()
         rank, step, value = scalars.rank[order], scalars.step[order], pa.array(scalars.value[order])
-        lists = [pa.nulls(len(order), STORED.field(name).type) for name in ("newest", "since")]
+        lists = _no_windows(len(order))
     else:
         rank, step, value, lists = _with_windows(scalars, windowed, ranks, steps)
     columns = [pa.array(step), *index.names(rank), value, *lists]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _of_grid(grid: Grid, series: np.ndarray, steps: Sequence[StepValues]) -> list[pa.Array]:
+    """The columns of steps that hold the same series.
+
+    Args:
+        series: numbers of the windowed ones.
+    """
+    every = np.asarray([values.step for values in steps], dtype=np.int64)
+    scalars = len(grid.order) - len(series)
+    found = np.full((len(steps), len(grid.order)), np.nan, dtype=np.float32)
+    for row, values in zip(found, steps, strict=True):
+        row[:scalars] = values.values
+    value = found[:, grid.order].T.reshape(-1)
+    step = pa.array(np.tile(every, len(grid.order)))
+    if not len(series):
+        return [step, *grid.names, pa.array(value), *_no_windows(len(value))]
+    order = grid.order[grid.windowed] - scalars
+    stored = continued_by_series(series, every.tolist(), [values.windows for values in steps], order)
+    there = np.repeat(grid.windowed, len(steps))
+    return [step, *grid.names, pa.array(value, mask=there), *_window_columns(there, stored)]
+
+
+def _names(windows: Mapping[Series, np.ndarray]) -> tuple[Series, ...]:
+    return windows.names if isinstance(windows, Rows) else tuple(windows)
+
+
+def _no_windows(rows: int) -> list[pa.Array]:
+    return [pa.nulls(rows, STORED.field(name).type) for name in ("newest", "since")]
 
 
 class _Rows:
@@ -194,10 +264,7 @@ def _with_windows(
     order = np.argsort(rank, kind="stable")
     number = order - len(scalars.rank)  # of the window; negative for a scalar row
     window = number >= 0
-    stored = stored.at(number[window])
-    since = np.full(len(order), -1, dtype=np.int64)
-    since[window] = stored.since
-    columns = [_lists(window, stored), pa.array(since, mask=since < 0)]
+    columns = _window_columns(window, stored.at(number[window]))
     return rank[order], step[order], pa.array(value[order], mask=window), columns
 
 
@@ -209,8 +276,15 @@ def _encoded(names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:
     return codes, pa.array(unique, type=pa.string())
 
 
+def _window_columns(there: np.ndarray, stored: Entries) -> list[pa.Array]:
+    """The columns of the windows: row i holds the next of `stored` where `there[i]`, else null."""
+    since = np.full(len(there), -1, dtype=np.int64)
+    since[there] = stored.since
+    return [_lists(there, stored), pa.array(since, mask=since < 0)]
+
+
 def _lists(there: np.ndarray, entries: Entries) -> pa.ListArray:
-    """The list column: row i holds the next of `entries` where `there[i]`, else null."""
+    """The column `newest`."""
     lengths = np.zeros(len(there), dtype=np.int64)
     lengths[there] = entries.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -22,7 +22,18 @@ import pyarrow as pa
 from nemo_fp8_recipes.telemetry.rows import Rows
 from nemo_fp8_recipes.telemetry.series import Series
 
-__all__ = ["TYPE", "DamagedWindows", "Entries", "Pieces", "continued", "moved", "pieces", "rejoined", "whole"]
+__all__ = [
+    "TYPE",
+    "DamagedWindows",
+    "Entries",
+    "Pieces",
+    "continued",
+    "continued_by_series",
+    "moved",
+    "pieces",
+    "rejoined",
+    "whole",
+]
 
 TYPE = pa.list_(pa.field("element", pa.float32(), nullable=False))
 """Of a column of windows."""
@@ -102,23 +113,94 @@ def continued(
     Returns:
         The rows of the first step, then those of the second, ...
     """
-    flat = [np.zeros(0, dtype=np.float32)]
-    lengths = [np.zeros(0, dtype=np.int64)]
-    since = [np.zeros(0, dtype=np.int64)]
+    parts = _by_step(series, steps, windows)
+    return Entries(
+        np.concatenate([np.zeros(0, dtype=np.float32), *(part.ends.reshape(-1) for part in parts)]),
+        np.concatenate([np.zeros(0, dtype=np.int64), *(part.lengths for part in parts)]),
+        np.concatenate([np.zeros(0, dtype=np.int64), *(part.since for part in parts)]),
+    )
+
+
+def continued_by_series(
+    series: np.ndarray,
+    steps: Sequence[int],
+    windows: Sequence[Mapping[Series, np.ndarray]],
+    order: np.ndarray,
+) -> Entries:
+    """As `continued`, of steps that all hold the same series.
+
+    Args:
+        series: a number for each.
+        order: int64 (series,), their places in the order that is wanted.
+
+    Returns:
+        The rows of the first series in `order`, step after step, then those of the second, ...
+    """
+    parts = _by_step([series] * len(steps), steps, windows)
+    count = np.stack([part.lengths for part in parts])[:, order].T
+    since = np.stack([part.since for part in parts])[:, order].T
+    if all(part.ends.ndim == 2 for part in parts):
+        flat = np.concatenate([part.ends[order] for part in parts], axis=1).reshape(-1)
+        return Entries(flat, count.reshape(-1), since.reshape(-1))
+    rows = order[:, None] + len(order) * np.arange(len(parts))
+    ends = np.concatenate([np.zeros(0, dtype=np.float32), *(part.ends.reshape(-1) for part in parts)])
+    everything = (
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.since for part in parts]),
+    )
+    return Entries(ends, *everything).at(rows.reshape(-1))
+
+
+class _Part(NamedTuple):
+    """What the rows of one step hold of their windows.
+
+    Attributes:
+        ends: fp32, of one row after the other: (rows, entries) where each holds as many, else flat.
+        lengths: int64 (rows,), entries of each.
+        since: int64 (rows,), as in `Entries`.
+    """
+
+    ends: np.ndarray
+    lengths: np.ndarray
+    since: np.ndarray
+
+
+def _by_step(
+    series: Sequence[np.ndarray], steps: Sequence[int], windows: Sequence[Mapping[Series, np.ndarray]]
+) -> list[_Part]:
+    """The rows of each step; arguments as of `continued`."""
+    parts = []
     shifts = np.zeros(0, dtype=np.int64)
     for place, found in enumerate(windows):
         follows = place > 0 and series[place - 1] is series[place]
         if not follows:
             shifts = np.ones(len(found), dtype=np.int64)
-        alike = _alike(windows[place - 1], found, shifts) if follows else None
-        if alike is not None and alike.all():
+        if follows and _moved_alike(windows[place - 1], found, shifts):
             count, before = shifts.copy(), np.full(len(found), steps[place - 1])
+        elif place == 0 and isinstance(found, Rows):
+            count = np.full(len(found), found.matrix.shape[1], dtype=np.int64)
+            before = np.full(len(found), -1, dtype=np.int64)
         else:
             count, before = _one_by_one(series, steps, windows, place, shifts)
-        flat.append(_ends(found, count))
-        lengths.append(count)
-        since.append(before)
-    return Entries(np.concatenate(flat), np.concatenate(lengths), np.concatenate(since))
+        parts.append(_Part(_ends(found, count), count, before))
+    return parts
+
+
+def _moved_alike(
+    old: Mapping[Series, np.ndarray], new: Mapping[Series, np.ndarray], shifts: np.ndarray
+) -> bool:
+    """Whether one look at all windows tells that they moved by `shifts`, or all as the first one of them did,
+    which is then written to `shifts`.
+    """
+    alike = _alike(old, new, shifts)
+    if alike is not None and not alike.all() and (shifts == shifts[0]).all():
+        first = moved(_bytes(_row(old, 0)), _bytes(_row(new, 0)), int(shifts[0]))
+        if first is not None and first != shifts[0]:
+            guess = np.full_like(shifts, first)
+            alike = _alike(old, new, guess)
+            if alike is not None and alike.all():
+                shifts[:] = guess
+    return alike is not None and bool(alike.all())
 
 
 def _alike(
@@ -176,14 +258,14 @@ def _row(windows: Mapping[Series, np.ndarray], row: int) -> np.ndarray:
 
 
 def _ends(windows: Mapping[Series, np.ndarray], count: np.ndarray) -> np.ndarray:
-    """The last entries of each window, one after the other."""
+    """The last entries of each window, one after the other: (rows, entries) where that is one matrix."""
     if not isinstance(windows, Rows):
         ends = [window[len(window) - last :] for window, last in zip(windows.values(), count, strict=True)]
         return np.concatenate([np.zeros(0, dtype=np.float32), *ends], dtype=np.float32)
     matrix = windows.matrix
     length, last = matrix.shape[1], int(count[0])
     if (count == last).all():
-        return matrix[:, length - last :].astype(np.float32, copy=False).reshape(-1)
+        return matrix[:, length - last :].astype(np.float32, copy=False)
     found: np.ndarray = matrix[np.arange(length) >= length - count[:, None]].astype(np.float32, copy=False)
     return found
 

@@ -28,6 +28,8 @@ _ROW_GROUP_SIZES = (1 << 13, 1 << 16)
 """Row groups of a part, about, and the least and most rows of one. A reader of one series reads one or two of
 every part: the more there are the less it reads, and the longer it takes to know which.
 """
+_IN_MEMORY_BYTES = 16 << 20
+"""Of a table whose part is put together in memory before it is written."""
 
 
 class StoreWriter:
@@ -51,7 +53,14 @@ class StoreWriter:
         steps = [values for values in steps if len(values)]
         if steps:
             table = to_table(steps, self._schema, self._index)
-            self._put([table], steps[0].step, steps[-1].step, self._schema, rows=len(table))
+            self._put(
+                [table],
+                steps[0].step,
+                steps[-1].step,
+                self._schema,
+                rows=len(table),
+                in_memory=table.nbytes <= _IN_MEMORY_BYTES,
+            )
 
     def compact(self) -> None:
         """Merge where many neighbouring parts of about the same size have gathered, so that a long run has
@@ -101,43 +110,70 @@ class StoreWriter:
             leftover.unlink()
 
     def _put(
-        self, pieces: Iterable[pa.Table], first: int, last: int, schema: pa.Schema, *, rows: int
+        self,
+        pieces: Iterable[pa.Table],
+        first: int,
+        last: int,
+        schema: pa.Schema,
+        *,
+        rows: int,
+        in_memory: bool = False,
     ) -> Part:
         """Write a part: under a hidden name, to the disk, then under its own name.
 
         Args:
             rows: in all pieces, about.
+            in_memory: put the file together in memory first.
         """
         directory = self._run_dir / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / part_name(first, last)
         temporary = directory / f".{path.name}.{os.getpid()}"
-        group = _row_group_size(rows)
         try:
-            with pq.ParquetWriter(
-                temporary,
-                schema,
-                compression="zstd",
-                use_dictionary=list(NAMES),
-                # By which row groups are chosen: nothing to choose from in a part of one.
-                write_statistics=["module", "tensor", "stat", "step"] if rows > group else False,
-                column_encoding={
-                    "step": "DELTA_BINARY_PACKED",
-                    "value": "BYTE_STREAM_SPLIT",
-                    "newest.list.element": "BYTE_STREAM_SPLIT",
-                    "since": "DELTA_BINARY_PACKED",
-                },
-            ) as writer:
-                for piece in pieces:
-                    table = piece.replace_schema_metadata(schema.metadata)
-                    writer.write_table(table, row_group_size=group)
-            _to_disk(temporary)
+            _write(temporary, pieces, schema, rows, in_memory=in_memory)
             temporary.replace(path)
             _to_disk(directory)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         return Part(first, last, path)
+
+
+def _write(path: Path, pieces: Iterable[pa.Table], schema: pa.Schema, rows: int, *, in_memory: bool) -> None:
+    """Write a file and force it to the disk.
+
+    Args:
+        rows: in all pieces, about.
+        in_memory: make the file in memory and write it in one go. Of a small one each of the many writes of a
+            few bytes costs as much as compressing a column.
+    """
+    group = _row_group_size(rows)
+    memory = pa.BufferOutputStream() if in_memory else None
+    with pq.ParquetWriter(
+        path if memory is None else memory,
+        schema,
+        compression="zstd",
+        use_dictionary=list(NAMES),
+        # By which row groups are chosen: nothing to choose from in a part of one.
+        write_statistics=["module", "tensor", "stat", "step"] if rows > group else False,
+        column_encoding={
+            "step": "DELTA_BINARY_PACKED",
+            "value": "BYTE_STREAM_SPLIT",
+            "newest.list.element": "BYTE_STREAM_SPLIT",
+            "since": "DELTA_BINARY_PACKED",
+        },
+    ) as writer:
+        for piece in pieces:
+            table = piece.replace_schema_metadata(schema.metadata)
+            writer.write_table(table, row_group_size=group)
+    if memory is None:
+        _to_disk(path)
+        return
+    with path.open("wb", buffering=0) as file:
+        left = memoryview(memory.getvalue())
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
 
 
 def _schema_of(path: Path) -> pa.Schema:

@@ -26,6 +26,7 @@ from nemo_fp8_recipes.telemetry.probes import (
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.seam import (
     QUANTISING,
+    Asking,
     BindingSeam,
     is_quantized,
     is_quantizer,
@@ -106,7 +107,7 @@ class Observer:
         """
         self._seam = BindingSeam(
             {
-                **{name: functools.partial(self._quantising, name) for name in QUANTISING},
+                **{name: Asking(functools.partial(self._quantising, name)) for name in QUANTISING},
                 "fused_amax_and_scale_update_after_reduction": self._delayed.fused_update,
             },
             {"_amax_and_scale_update": self._delayed.unfused_update},
@@ -176,34 +177,53 @@ class Observer:
         """Whether the tensors themselves are read in this step, of some operands at least."""
         return self._stats or bool(self.whatif.chosen)
 
-    def _quantising(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _quantising(
+        self, name: str, original: Callable[..., Any], idle: Callable[[], bool] = lambda: False
+    ) -> Callable[..., Any]:
         """Around the function `name` of the binding, which quantises.
 
-        Most calls make one tensor, with a quantizer that is known, in a step that does not read the tensors.
-        For these `call` does as little as it can: it runs between Transformer Engine's kernels, where all
-        that it touches is out of the caches.
+        Most calls make one tensor, with a quantizer that is known and stands where it stood the last time, in
+        a step that does not read the tensors. For these `call` does as little as it can: it runs between
+        Transformer Engine's kernels, where all that it touches is out of the caches.
+
+        Args:
+            idle: whether nothing is to be done, see `BindingSeam.idle`.
         """
         by_quantizer, strangers = self._owners.by_quantizer, self._owners.strangers
-        chosen, kinds = self.whatif.chosen, quantized_kinds
+        chosen, kinds, weights = self.whatif.chosen, quantized_kinds, self._weights
         in_backward = torch._C._current_graph_task_id
+        grouped = "group" in name
+        place = 1
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._stats or chosen or kwargs:
-                return self._followed(name, original, args, kwargs)
-            for argument in args:
-                owned = by_quantizer.get(id(argument))
-                if owned is not None:
-                    break
-            else:
-                for argument in args:
-                    if id(argument) in strangers:
+            nonlocal place
+            if kwargs or self._stats or chosen:
+                return original(*args, **kwargs) if idle() else self._followed(name, original, args, kwargs)
+            quantizer = args[place] if place < len(args) else None
+            owned = by_quantizer.get(id(quantizer))
+            if owned is None:
+                if id(quantizer) in strangers:
+                    return original(*args)
+                for where, quantizer in enumerate(args):
+                    owned = by_quantizer.get(id(quantizer))
+                    if owned is not None:
+                        place = where
+                        break
+                    if id(quantizer) in strangers:
                         return original(*args)
-                return self._followed(name, original, args, kwargs)
+                else:
+                    return original(*args) if idle() else self._followed(name, original, args, kwargs)
+            if idle():
+                return original(*args)
             step = self._step
             if owned.gradient:
-                if not self._weights.parameters_read:
-                    self._weights.read_parameters(self._linears)
+                if not weights.parameters_read:
+                    weights.read_parameters(self._linears)
             elif not owned.module.training or (owned.seen == step and in_backward() != -1):
+                return original(*args)
+            take = owned.take
+            if take is None and not grouped:  # delayed scaling, of which its buffers tell
+                owned.seen = step
                 return original(*args)
             result = original(*args)
             tensor, kind = result, type(result)
@@ -214,11 +234,11 @@ class Observer:
                     return result
                 tensor = made[0]
             owned.seen = step
-            if owned.take is not None:
+            if take is not None:
                 for one in args:
                     if kinds[type(one)]:  # see `_take_in`
                         return result
-                owned.take(owned.operand, argument, tensor)
+                take(owned.operand, quantizer, tensor)
             return result
 
         return call

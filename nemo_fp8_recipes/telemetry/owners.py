@@ -39,7 +39,7 @@ class Owned:
     operand: Operand
     module: Any
     gradient: bool
-    take: Callable[[Operand, Any, Any], None] | None
+    take: Callable[[Operand, Any, Any], bool] | None
     seen: int = -1
 
 

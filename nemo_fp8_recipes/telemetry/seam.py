@@ -19,13 +19,22 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from nemo_fp8_recipes.injection.cuda_graphs import capture_flags
 
-__all__ = ["QUANTISING", "BindingSeam", "grouped_kinds", "is_quantized", "is_quantizer", "quantized_kinds"]
+__all__ = [
+    "QUANTISING",
+    "Asking",
+    "BindingSeam",
+    "grouped_kinds",
+    "is_quantized",
+    "is_quantizer",
+    "quantized_kinds",
+]
 
 _ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu", "swiglu")
 QUANTISING = (
@@ -51,6 +60,18 @@ QUANTISING = (
 """Functions of the binding that take a quantizer and return what it made."""
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A wrapper that asks by itself whether it is to do anything, and so does not ask for calls that it has
+    nothing to do with. One function less around those that quantise, which are many.
+
+    Attributes:
+        wrap: what makes it of a function and of `BindingSeam.idle`, which it calls before it does anything.
+    """
+
+    wrap: Callable[[Callable[..., Any], Callable[[], bool]], Callable[..., Any]]
 
 
 class _Places(NamedTuple):
@@ -88,7 +109,9 @@ class BindingSeam:
         python: function name in `transformer_engine.pytorch.quantization` -> what to put around it.
     """
 
-    def __init__(self, wrappers: Mapping[str, Wrapper], python: Mapping[str, Wrapper]) -> None:
+    def __init__(
+        self, wrappers: Mapping[str, Wrapper | Asking], python: Mapping[str, Wrapper | Asking]
+    ) -> None:
         self._wrappers = dict(wrappers)
         self._python = dict(python)
         self._open = False
@@ -134,7 +157,9 @@ class BindingSeam:
                 found.append(_Places.of(vars(module), bound))
         return [places for places in found if places.ours]
 
-    def _replacements(self, module: Any, wrappers: Mapping[str, Wrapper]) -> dict[str, tuple[Any, Any]]:
+    def _replacements(
+        self, module: Any, wrappers: Mapping[str, Wrapper] | Mapping[str, Wrapper | Asking]
+    ) -> dict[str, tuple[Any, Any]]:
         """Name of a function of `module` -> it and what takes its place; without those that this release
         lacks.
         """
@@ -158,22 +183,28 @@ class BindingSeam:
                 if found.namespace.get(name) is replacement:
                     found.namespace[name] = found.theirs[name]
 
-    def _guarded(self, original: Callable[..., Any], wrapper: Wrapper) -> Callable[..., Any]:
-        """The wrapper, or the original where somebody kept the wrapper beyond the step, and while a CUDA
-        graph is captured: what is launched then would be replayed with the graph. Its warm-up passes are no
-        part of the training step either.
+    def idle(self) -> bool:
+        """Whether what stands around a function is to do nothing: somebody kept it beyond the step, or a CUDA
+        graph is captured. What is launched then would be replayed with the graph, and its warm-up passes are
+        no part of the training step either.
         """
+        if not self._open or torch.cuda.is_current_stream_capturing():
+            return True
+        for flag in self._capture_flags:  # noqa: SIM110 - a generator would be one frame more in every call
+            if flag():
+                return True
+        return False
+
+    def _guarded(self, original: Callable[..., Any], wrapper: Wrapper | Asking) -> Callable[..., Any]:
+        """The wrapper, or the original where the seam is idle."""
+        idle = self.idle
+        if isinstance(wrapper, Asking):
+            return functools.wraps(original)(wrapper.wrap(original, idle))
         wrapped = wrapper(original)
-        cuda = torch.cuda
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._open or cuda.is_current_stream_capturing():
-                return original(*args, **kwargs)
-            for flag in self._capture_flags:
-                if flag():
-                    return original(*args, **kwargs)
-            return wrapped(*args, **kwargs)
+            return original(*args, **kwargs) if idle() else wrapped(*args, **kwargs)
 
         return call
 

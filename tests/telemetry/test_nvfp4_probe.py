@@ -32,3 +32,25 @@ def test_a_step_has_the_amax_and_the_block_scales():
         assert found["scale_inv_max"] == scales.max().item()
         assert found["scale_inv_min"] == scales.min().item()
         assert found["blocks"] == 96 * 4
+
+
+def test_of_an_amax_a_row_the_largest_is_read():
+    import transformer_engine.pytorch as te
+
+    quantizer = te.NVFP4Quantizer()
+    x = torch.randn(96, 64).bfloat16()
+    rows, whole = quantizer(x), quantizer(x / 2)
+    rows._amax_rowwise = x.abs().amax(dim=1).float()
+    probe = Nvfp4Probe(IndexCache())
+    for tensor in (whole, rows, whole):
+        probe.quantised(Operand("m", "input"), quantizer, tensor)
+    probe.quantised(Operand("m", "weight"), quantizer, whole)
+    reading = probe.end()
+    assert reading is not None
+    found = {
+        (spec.tensor, spec.name): value
+        for spec, value in zip(reading.specs, reading.values.tolist(), strict=True)
+    }
+    assert found["input", "amax"] == x.abs().max().item()
+    assert found["weight", "amax"] == (x / 2).abs().max().item()
+    assert found["weight", "blocks"] == 96 * 4

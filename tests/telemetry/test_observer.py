@@ -13,7 +13,7 @@ from nemo_fp8_recipes.numerics import E4M3, tensorwise
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
 from nemo_fp8_recipes.telemetry.linears import Linear
 from nemo_fp8_recipes.telemetry.observer import Observer
-from nemo_fp8_recipes.telemetry.seam import BindingSeam
+from nemo_fp8_recipes.telemetry.seam import Asking, BindingSeam
 
 
 def te_class(name: str, base: str, **attributes: Any) -> Any:
@@ -180,6 +180,43 @@ def test_nothing_of_ours_runs_while_a_graph_is_captured(monkeypatch: pytest.Monk
     assert (guarded(), ran) == ("theirs", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert (guarded(), ran) == ("theirs", ["ours"])
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_an_observer_that_is_idle_sees_nothing(stats: bool) -> None:
+    watched = Watched()
+    watched.observer._stats = stats
+    idle = [False]
+    call = watched.observer._quantising("quantize", quantize, lambda: idle[0])
+    call(torch.full((4, 16), 2.0), watched.input)
+    idle[0] = True
+    call(torch.full((4, 16), 8.0), watched.input)
+    call(torch.full((4, 16), 8.0), watched.weight)
+    found = watched.end()
+    assert found["input", "scale_inv"] == pytest.approx(2 / 448)
+    assert not [name for tensor, name in found if tensor == "weight" and name != "unobserved"]
+
+
+def test_the_seam_hands_out_whether_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    seam = BindingSeam({}, {})
+
+    def wrap(_: Any, idle: Any) -> Any:
+        def call() -> bool:
+            answer: bool = idle()
+            return answer
+
+        return call
+
+    answers = seam._guarded(lambda: None, Asking(wrap))
+    assert answers()  # closed
+    seam._open = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not answers()
+    seam._capture_flags = (lambda: False, lambda: True)
+    assert answers()
+    seam._capture_flags = ()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert answers()
 
 
 def test_elements_that_are_no_numbers_count_apart() -> None:

@@ -72,10 +72,15 @@ class Probe:
     def begin(self) -> None:
         """A logging step starts: forget the last one."""
 
-    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> bool:
         """`quantizer` made the quantised `tensor` for `operand`. Launches nothing, copies nothing: keeps
         references to the scales, which Transformer Engine will not write again in this step.
+
+        Returns:
+            Whether there was something to keep.
         """
+        del operand, quantizer, tensor  # for those that read tensors
+        return False
 
     def settle(self) -> None:
         """Read what was handed over so far: it is about to be written again."""

@@ -200,12 +200,12 @@ class BlockProbe(Probe):
         self._counts: list[Tensor] = []
         self._rows: list[Tensor] = []
 
-    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> bool:
         rowwise, scale, data = True, tensor._rowwise_scale_inv, tensor._rowwise_data
         if scale is None:
             rowwise, scale, data = False, tensor._columnwise_scale_inv, tensor._columnwise_data
         if scale is None or not (blocks := scale.numel()):
-            return  # an expert that got no token
+            return False  # an expert that got no token
         swizzled = self._may_swizzle and getattr(tensor, "_with_gemm_swizzled_scales", False)
         self._made.append((operand, rowwise, quantizer, data.shape, swizzled))
         # An alias, because Transformer Engine empties saved tensors. `detach` would take three times as long.
@@ -213,6 +213,7 @@ class BlockProbe(Probe):
         self._waiting_blocks += blocks
         if self._waiting_blocks >= _CHUNK_BLOCKS:
             self._reduce()
+        return True
 
     def settle(self) -> None:
         if self._waiting:

@@ -111,11 +111,13 @@ class _Owners(NamedTuple):
 
     Attributes:
         scales: the buffers, kept so that their ids stay their own.
-        slots: int64 (operands,), in the concatenated buffers, on the device.
+        places: slot of each operand in the concatenated buffers.
+        slots: the same, int64 (operands,) on the device.
         operands: module, tensor and element format of each.
     """
 
     scales: list[Tensor]
+    places: list[int]
     slots: Tensor
     operands: tuple[tuple[str, str, str], ...]
 
@@ -134,9 +136,8 @@ class DelayedProbe(Probe):
         self._indices = indices
         self._history = history
         self._owners: dict[tuple[int, ...], _Owners] = {}
-        self._specs: tuple[list[_Owners], list[int], tuple[ReadingSpec, ...]] = ([], [], ())
-        """Of whom what is read, and the lengths of their windows: the same tuple in steps that read the same.
-        """
+        self._plan: _Plan | None = None
+        """Of the last step that read something."""
         self.begin()
 
     def begin(self) -> None:
@@ -165,7 +166,7 @@ class DelayedProbe(Probe):
         return call
 
     def _before_update(self, amax: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-        key = tuple(id(scale) for scale in scales)
+        key = tuple(map(id, scales))
         buffers = self._buffers.get(key)
         if buffers is None:
             buffers = self._buffers[key] = _Buffers(histories, scales)
@@ -188,16 +189,35 @@ class DelayedProbe(Probe):
         self.begin()
         if not found:
             return None
+        lengths = [buffers.length for buffers, _ in found]
+        plan = self._plan
+        if (
+            plan is None
+            or plan.lengths != lengths
+            or not all(map(operator.is_, plan.read, (o for _, o in found)))
+        ):
+            plan = self._plan = self._planned(found, lengths)
         # The windows behind all numbers: then they are one matrix on the host.
-        values = [self._numbers(buffers, whose.slots) for buffers, whose in found]
+        values = [self._numbers([buffers for buffers, _ in found], plan.numbers)]
         if self._history:
             values += self._windows(found)
-        read, lengths = [one for _, one in found], [buffers.length for buffers, _ in found]
-        before, of_length, specs = self._specs
-        if of_length != lengths or not all(map(operator.is_, before, read)):
-            specs = _specs(read, lengths if self._history else [])
-            self._specs = (read, lengths, specs)
-        return Reading(specs, torch.cat(values))
+        return Reading(plan.specs, torch.cat(values))
+
+    def _planned(self, found: Sequence[tuple[_Buffers, _Owners]], lengths: list[int]) -> _Plan:
+        """What follows from whom what is read of, and from the lengths of their windows."""
+        read = [whose for _, whose in found]
+        sizes = [sum(scale.numel() for scale in whose.scales) for whose in read]
+        numbers: list[int] = []
+        begin = 0
+        for number, (whose, size) in enumerate(zip(read, sizes, strict=True)):
+            behind = len(_KEPT) * sum(sizes) + sum(sizes[:number])
+            for name, _ in _NUMBERS:
+                first = begin + _KEPT.index(name) * size if name in _KEPT else behind
+                numbers += [first + place for place in whose.places]
+            begin += len(_KEPT) * size
+        device = read[0].scales[0].device
+        specs = _specs(read, lengths if self._history else [])
+        return _Plan(read, lengths, self._indices.on(device, numbers), specs)
 
     def _find(self, buffers: _Buffers) -> _Owners:
         columns: dict[int, list[tuple[Linear, str, int]]] = {}
@@ -215,9 +235,11 @@ class DelayedProbe(Probe):
         for path, linear in {linear.path: linear for linear, _, _ in found}.items():
             for tensor, quantizer in linear.quantizers():
                 formats[path, tensor] = element_format(quantizer)
+        places = [slot for _, _, slot in found]
         return _Owners(
             buffers.scales,
-            self._indices.on(buffers.scales[0].device, [slot for _, _, slot in found]),
+            places,
+            self._indices.on(buffers.scales[0].device, places),
             tuple((linear.path, tensor, formats[linear.path, tensor]) for linear, tensor, _ in found),
         )
 
@@ -230,16 +252,32 @@ class DelayedProbe(Probe):
             windows.append(made if made is not None else history_windows(*given))
         return windows
 
-    def _numbers(self, buffers: _Buffers, slots: Tensor) -> Tensor:
-        """`_NUMBERS` of some slots, fp32 (len(_NUMBERS) * len(slots),)."""
-        assert buffers.amax is not None  # a buffer is created by its first update
-        vectors = {
-            "amax": buffers.amax,
-            "scale": buffers.scale,
-            "scale_next": stacked_rows(buffers.scales, 0),
-            "peak": buffers.peak,
-        }
-        return torch.stack([vectors[name] for name, _ in _NUMBERS]).index_select(1, slots).reshape(-1)
+    def _numbers(self, found: Sequence[_Buffers], places: Tensor) -> Tensor:
+        """`_NUMBERS` of the slots that are read, fp32 (n,).
+
+        Args:
+            places: int64 (n,), see `_Plan.numbers`.
+        """
+        kept = [getattr(buffers, name) for buffers in found for name in _KEPT]
+        after = stacked_rows([scale for buffers in found for scale in buffers.scales], 0)
+        return torch.cat([*kept, after]).index_select(0, places)
+
+
+class _Plan(NamedTuple):
+    """What follows from the buffers of a step: the same in every step that reads the same.
+
+    Attributes:
+        read: whose slots they hold.
+        lengths: of their windows.
+        numbers: int64 on the device, where what is read lies among `_KEPT` of each of them and, behind these,
+            the scales of all.
+        specs: what is read.
+    """
+
+    read: list[_Owners]
+    lengths: list[int]
+    numbers: Tensor
+    specs: tuple[ReadingSpec, ...]
 
 
 _NUMBERS: tuple[tuple[str, Combine], ...] = (
@@ -249,6 +287,9 @@ _NUMBERS: tuple[tuple[str, Combine], ...] = (
     ("peak", "max"),
 )
 """What is read of each operand beside its window, and how ranks combine it."""
+
+_KEPT = ("amax", "scale", "peak")
+"""Those of them that `_Buffers` has; the others are the scales after the updates."""
 
 
 def _specs(read: Sequence[_Owners], lengths: Sequence[int]) -> tuple[ReadingSpec, ...]:

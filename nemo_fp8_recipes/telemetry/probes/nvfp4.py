@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nemo_fp8_recipes.telemetry.groups import OneMatrix
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec, element_format
 from nemo_fp8_recipes.telemetry.probes.blocks import BlockProbe
@@ -26,43 +27,49 @@ class Nvfp4Probe(TensorwiseProbe):
 
     def __init__(self, indices: IndexCache) -> None:
         self._blocks = BlockProbe(indices, "nvfp4")
+        self._specs: tuple[tuple[tuple[ReadingSpec, ...], tuple[ReadingSpec, ...]], tuple[ReadingSpec, ...]]
+        self._specs = ((), ()), ()
+        """What was read in the last step, apart and one after the other: mostly the same again."""
         super().__init__(indices)
 
     def begin(self) -> None:
         super().begin()
         self._blocks.begin()
+        self._of_experts: set[int] = set()
+        """Places of those that wait which hold an amax of each expert."""
 
-    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
-        data, amax = tensor._rowwise_data, tensor._amax_rowwise
-        if data is None:
-            data = tensor._columnwise_data
-        if data is None or data.numel():  # not an expert that got no token
-            if amax is None:
-                amax = tensor._amax_columnwise
-            if amax.numel() == 1:
-                self._made.append((operand, quantizer))
-                self._waiting.append(amax.data)
-            elif (members := getattr(tensor, "members", 1)) == amax.numel():
-                self._made += [(operand, quantizer)] * members  # one of each expert
-                self._waiting.append(amax.data)
-            else:  # one a row
-                self._made.append((operand, quantizer))
-                self._waiting.append(amax.detach().amax().data)
-        self._blocks.quantised(operand, quantizer, tensor)
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> bool:
+        if not self._blocks.quantised(operand, quantizer, tensor):
+            return False
+        amax = tensor._amax_rowwise
+        if amax is None:
+            amax = tensor._amax_columnwise
+        # How many numbers they are is asked of all of them together, when nothing waits for the answer.
+        if type(tensor) is OneMatrix and tensor.members == amax.numel() != 1:
+            self._of_experts.add(len(self._waiting))
+            self._made += [(operand, quantizer)] * tensor.members  # one of each expert
+        else:
+            self._made.append((operand, quantizer))
+        self._waiting.append(amax.data)
+        return True
 
     def settle(self) -> None:
+        for place, amax in enumerate(self._waiting):
+            if amax.numel() != 1 and place not in self._of_experts:  # one a row
+                self._waiting[place] = amax.amax()
         super().settle()
+        self._of_experts.clear()
         self._blocks.settle()
 
     def end(self) -> Reading | None:
         blocks = self._blocks.end()  # first: the other end begins a new step, of the blocks too
-        readings = [reading for reading in (super().end(), blocks) if reading is not None]
-        if not readings:
-            return None
-        return Reading(
-            tuple(spec for reading in readings for spec in reading.specs),
-            torch.cat([reading.values for reading in readings]),
-        )
+        amaxes = super().end()
+        if amaxes is None or blocks is None:
+            return amaxes or blocks
+        parts, specs = self._specs
+        if parts[0] is not amaxes.specs or parts[1] is not blocks.specs:
+            parts, specs = self._specs = (amaxes.specs, blocks.specs), (*amaxes.specs, *blocks.specs)
+        return Reading(specs, torch.cat([amaxes.values, blocks.values]))
 
     def _spec(self, operand: Operand, quantizer: Any) -> ReadingSpec:
         return ReadingSpec(operand.module, operand.tensor, "amax", "nvfp4", element_format(quantizer), "max")

@@ -36,10 +36,10 @@ class TensorwiseProbe(Probe):
         self._read: list[Tensor] = []
         self._grouped = False
 
-    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> None:
+    def quantised(self, operand: Operand, quantizer: Any, tensor: Any) -> bool:
         data = tensor._data if tensor._data is not None else tensor._transpose
         if data is not None and not data.numel():
-            return  # an expert that got no token: its scale was never written
+            return False  # an expert that got no token: its scale was never written
         scale_inv = tensor._scale_inv
         if scale_inv.numel() == 1:
             self._made.append((operand, quantizer))
@@ -50,13 +50,14 @@ class TensorwiseProbe(Probe):
             self._amaxes.append(tensor.amax.data)
         # An alias, because Transformer Engine empties saved tensors. `detach` would take three times as long.
         self._waiting.append(scale_inv.data)
+        return True
 
     def settle(self) -> None:
         if self._waiting:
-            found = torch._C._nn.flatten_dense_tensors(self._waiting)
+            found = _joined(self._waiting)
             if self._amaxes:  # an expert without tokens has the scale 1, and an amax of 0
                 self._amaxes += self._waiting[len(self._amaxes) :]
-                found = found * torch._C._nn.flatten_dense_tensors(self._amaxes).ne(0)
+                found = found * _joined(self._amaxes).ne(0)
             self._read.append(found)
             self._waiting, self._amaxes = [], []
 
@@ -96,3 +97,11 @@ class TensorwiseProbe(Probe):
             "max",
             power_of_two=bool(quantizer.force_pow_2_scales),
         )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The numbers of all of them, fp32 (n,)."""
+    # As a rule there is one in each, in one dimension: flattening takes as long again as joining them.
+    if all(one.dim() == 1 for one in tensors):
+        return torch.cat(tensors)
+    return torch._C._nn.flatten_dense_tensors(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,12 @@ def _scale_distribution(counts: Tensor, fmt: ScaleFormat, **described: Any) -> T
 
 
 def _library() -> Library | None:
+    return _loader()()
+
+
+@functools.cache
+def _loader() -> Callable[[], Library | None]:
+    """What gives the kernels, imported once: an import statement looks its module up in every call."""
     from nemo_fp8_recipes.emulation.kernels import library
 
-    return library()
+    return library

@@ -7,10 +7,16 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "elements.hpp"
 #include "scale_place.hpp"
+
+#if defined(__AVX512BW__) && defined(__AVX512VPOPCNTDQ__) && !defined(NEMO_FP8_PORTABLE) && !defined(NEMO_FP8_NO_AVX512)
+#define NEMO_FP8_CODE_PLANES
+#include <immintrin.h>
+#endif
 
 namespace fp8 {
 
@@ -64,6 +70,57 @@ inline int64_t count_equal(const uint8_t* codes, int64_t count, uint8_t code) {
   return found;
 }
 
+#ifdef NEMO_FP8_CODE_PLANES
+// The bits of codes, each of the eight by itself: 512 of a kind are one register. Codes that are alike in their
+// upper four bits are counted together, sixteen in as many registers.
+class CodePlanes {
+ public:
+  static constexpr int64_t kCodes = 512, kMost = 1 << 14;
+
+  // Takes `count` codes, of whole planes.
+  void take(const uint8_t* codes, int64_t count) {
+    planes_ = count / kCodes;
+    for (int64_t plane = 0; plane < planes_; ++plane)
+      for (int word = 0; word < 8; ++word) {
+        const __m512i lanes = _mm512_loadu_si512(codes + plane * kCodes + 64 * word);
+        for (int bit = 0; bit < 8; ++bit)
+          bits_[plane][bit][word] = _mm512_test_epi8_mask(lanes, _mm512_set1_epi8(char(1 << bit)));
+      }
+  }
+
+  // Adds the numbers of the codes from 16 * `upper` on to `counts`.
+  void count(int upper, uint32_t* counts) const {
+    __m512i sums[16];
+    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    for (int64_t plane = 0; plane < planes_; ++plane) {
+      const auto bits = [&](int bit) { return _mm512_load_si512(bits_[plane][bit]); };
+      const auto alike = [&](int bit) {
+        const bool set = upper >> (bit - 4) & 1;
+        return set ? bits(bit) : _mm512_andnot_si512(bits(bit), _mm512_set1_epi64(-1));
+      };
+      const __m512i those = _mm512_and_si512(_mm512_and_si512(alike(4), alike(5)), _mm512_and_si512(alike(6), alike(7)));
+      __m512i low[4], high[4];  // by two bits
+      pairs(bits(0), bits(1), _mm512_set1_epi64(-1), low);
+      pairs(bits(2), bits(3), those, high);
+      for (int code = 0; code < 16; ++code)
+        sums[code] = _mm512_add_epi64(sums[code], _mm512_popcnt_epi64(_mm512_and_si512(high[code / 4], low[code % 4])));
+    }
+    for (int code = 0; code < 16; ++code) counts[16 * upper + code] += uint32_t(_mm512_reduce_add_epi64(sums[code]));
+  }
+
+ private:
+  static void pairs(__m512i first, __m512i second, __m512i among, __m512i (&found)[4]) {
+    found[0] = _mm512_andnot_si512(_mm512_or_si512(first, second), among);
+    found[1] = _mm512_and_si512(_mm512_andnot_si512(second, first), among);
+    found[2] = _mm512_and_si512(_mm512_andnot_si512(first, second), among);
+    found[3] = _mm512_and_si512(_mm512_and_si512(first, second), among);
+  }
+
+  alignas(64) uint64_t bits_[kMost / kCodes][8][8];
+  int64_t planes_ = 0;
+};
+#endif
+
 // Counts of codes. Where these are few different ones, as in most tensors, they are looked for one after the
 // other, at many positions at once. Else each is added where it belongs. Neighbouring scales are alike, and adding
 // to one place twice in a row waits for the first: so neighbours are counted in different copies.
@@ -73,7 +130,15 @@ class Histogram {
     for (int64_t begin = 0; begin < count; begin += kPart) add_part(codes + begin, std::min(kPart, count - begin));
   }
 
-  void add(uint8_t code, int64_t position) { ++copies_[position % 8][code]; }
+  // Counts the exponents of fp32 numbers.
+  void add_exponents(const float* values, int64_t count) {
+    uint8_t codes[kPart];
+    for (int64_t begin = 0; begin < count; begin += kPart) {
+      const int64_t length = std::min(kPart, count - begin);
+      for (int64_t i = 0; i < length; ++i) codes[i] = uint8_t(as_bits(values[begin + i]) >> 23 & 0xff);
+      add(codes, length);
+    }
+  }
 
   // Adds what was counted to `counts` and forgets it.
   void move_to(int64_t* counts) {
@@ -102,16 +167,33 @@ class Histogram {
       lowest = std::min(lowest, least[lane] + 1);
       highest = std::max(highest, int(most[lane]));
     }
+    count_between(codes, whole, lowest, highest);
+    add_each(codes + whole, count - whole);
+  }
+
+#ifdef NEMO_FP8_CODE_PLANES
+  // Counts codes that are 0 or from `lowest` to `highest`.
+  void count_between(const uint8_t* codes, int64_t count, int lowest, int highest) {
+    const int64_t whole = count / CodePlanes::kCodes * CodePlanes::kCodes;
+    planes_.take(codes, whole);
+    if (lowest >= 16) planes_.count(0, copies_[0]);
+    for (int upper = lowest / 16; upper <= highest / 16; ++upper) planes_.count(upper, copies_[0]);
+    add_each(codes + whole, count - whole);
+  }
+
+  CodePlanes planes_;
+#else
+  void count_between(const uint8_t* codes, int64_t count, int lowest, int highest) {
     if (highest - lowest >= kFew) return add_each(codes, count);
-    int64_t rest = whole;
+    int64_t rest = count;
     for (int code = lowest; code <= highest; ++code) {
-      const int64_t found = count_equal(codes, whole, uint8_t(code));
+      const int64_t found = count_equal(codes, count, uint8_t(code));
       copies_[0][code] += uint32_t(found);
       rest -= found;
     }
     copies_[0][0] += uint32_t(rest);
-    add_each(codes + whole, count - whole);
   }
+#endif
 
   void add_each(const uint8_t* codes, int64_t count) {
     int64_t i = 0;
@@ -141,6 +223,37 @@ struct ExactScales {
     number += 1;
   }
 
+  // Many at once, in sums that do not wait for each other.
+  void add(const float* values, int64_t count) {
+    constexpr int kLanes = 16;
+    const float infinity = std::numeric_limits<float>::infinity();
+    float most[kLanes], least[kLanes];
+    double sums[kLanes] = {}, products[kLanes] = {};
+    int32_t unknown[kLanes] = {};
+    std::fill(most, most + kLanes, -infinity);
+    std::fill(least, least + kLanes, infinity);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float value = values[i + lane];
+        most[lane] = value > most[lane] ? value : most[lane];
+        least[lane] = value < least[lane] ? value : least[lane];
+        unknown[lane] |= value != value;
+        sums[lane] += double(value);
+        products[lane] += double(value) * double(value);
+      }
+    ExactScales found;
+    for (int lane = 0; lane < kLanes && i; ++lane) {
+      found.add(unknown[lane] ? std::numeric_limits<float>::quiet_NaN() : most[lane]);
+      found.add(least[lane]);
+    }
+    found.sum = std::accumulate(sums, sums + kLanes, 0.0);
+    found.squares = std::accumulate(products, products + kLanes, 0.0);
+    found.number = double(i);
+    add(found);
+    for (; i < count; ++i) add(values[i]);
+  }
+
   void add(const ExactScales& other) {
     if (other.largest > largest || other.largest != other.largest) largest = other.largest;
     if (other.smallest < smallest || other.smallest != other.smallest) smallest = other.smallest;
@@ -160,10 +273,8 @@ inline void scale_counts(int64_t tensors, const void* const* scales, const Scale
       const float* values = static_cast<const float*>(scales[tensor]);
       ExactScales found;
       grids[tensor].pieces([&](int64_t begin, int64_t length) {
-        for (int64_t i = begin; i < begin + length; ++i) {
-          found.add(values[i]);
-          histogram.add(uint8_t(as_bits(values[i]) >> 23 & 0xff), i);
-        }
+        found.add(values + begin, length);
+        histogram.add_exponents(values + begin, length);
       });
       exact[tensor] = found;
     } else {

@@ -150,8 +150,10 @@ class Columns:
         windows = self._windows
         if isinstance(windows, Rows) and windows.names[0].stat == HISTORY:
             matrix = windows.matrix
-            # Two numbers say of most steps that there is none. A NaN hides it from them.
-            if np.isfinite(matrix.max()) and np.isfinite(matrix.min()):
+            # One number says of most steps that there is none: an Inf or a NaN would be in the sum.
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = np.isfinite(matrix.sum())
+            if finite:
                 return [], matrix.shape[1]
         histories = {series: window for series, window in windows.items() if series.stat == HISTORY}
         rows = [self.table.row(series) for series, window in histories.items() if np.isinf(window).any()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,14 @@ class Finding:
     value: np.ndarray
     severity: np.ndarray | None = None
     window: int = 0
+
+
+@functools.lru_cache(maxsize=8)
+def _nothing(operands: int, window: int) -> Finding:
+    """No operand violates the rule. The same arrays every time: nobody writes to a finding."""
+    violated, value = np.zeros(operands, dtype=bool), np.full(operands, np.nan)
+    violated.flags.writeable = value.flags.writeable = False
+    return Finding(violated, value, window=window)
 
 
 class RuleCheck:
@@ -263,7 +272,7 @@ class AmaxGrowth(RuleCheck):
             # hence the slack. Where a value is no number, it is none or not finite.
             steep = x @ self._logs > (math.log2(self.limit) - _SLACK) * squares / length
         if self._seen < window or not steep.any():
-            return Finding(np.zeros(size, dtype=bool), np.full(size, np.nan), window=window)
+            return _nothing(size, window)
         y = np.where(np.isfinite(self._logs), self._logs, np.nan)  # of zeros, Inf and what is absent
         deviation = y - y.mean(axis=0)
         slope = x @ deviation / squares
@@ -278,7 +287,7 @@ class AmaxGrowth(RuleCheck):
         """Steps of the window less their mean; from its first to its last; sum of their squares. The same
         every time that the window's beginning comes round, where the steps between are alike.
         """
-        key = tuple(step - one for one in self._steps)
+        key = tuple(map(step.__sub__, self._steps))
         known = self._axes.get(key)
         if known is None:
             if len(self._axes) >= _AXES:

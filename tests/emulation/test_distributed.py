@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import run_emulated
 
 
@@ -52,3 +54,38 @@ def test_an_all_gather_takes_buffers_that_autograd_knows(tmp_path: Path) -> None
     )
     assert len(seen) >= 16
     assert set(map(tuple, seen.values())) == {(0.0, 1.0, 2.0, 3.0)}
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_fully_shard_takes_a_model_that_is_on_the_device(imported: str, tmp_path: Path) -> None:
+    """FSDP2, whose parameters are compared with the device of its mesh; it waits by `torch.accelerator`."""
+    seen = run_emulated(
+        f"""
+        import torch, torch.distributed as dist
+        import transformer_engine.pytorch as te
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        dist.init_process_group("nccl", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
+
+        def trained(shard):
+            torch.manual_seed(1)
+            model = te.Linear(64, 32, params_dtype=torch.bfloat16, device="cuda")
+            if shard:
+                fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(3):
+                with te.autocast(enabled=True):
+                    model(torch.ones(32, 64, dtype=torch.bfloat16, device="cuda")).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            torch.accelerator.synchronize()
+            weight = model.weight
+            return (weight.full_tensor() if shard else weight).float().sum().item()
+
+        result([trained(False), trained(True)])
+        dist.destroy_process_group()
+        """,
+        first="import torch.distributed.fsdp" if imported == "before" else "",
+    )
+    assert seen[0] == seen[1]
+    assert seen[0] != 0

@@ -257,6 +257,14 @@ def test_the_accelerator_is_none_whatever_torch_was_built_with() -> None:
     assert torch.accelerator.device_count() == 0
 
 
+def test_waiting_for_the_accelerator_is_waiting_for_the_device() -> None:
+    """FSDP2 waits by its stream, and programs that want to be independent of the kind of device do."""
+    torch.accelerator.synchronize()
+    torch.accelerator.set_stream(torch.cuda.Stream())
+    assert torch.accelerator.current_stream() == torch.cuda.current_stream()
+    torch.accelerator.current_stream().wait_event(torch.cuda.Event())
+
+
 def test_a_cuda_graph_is_refused_in_words_of_ours() -> None:
     with pytest.raises(RuntimeError, match="CUDAGraph cannot be made: the device is emulated"):
         torch.cuda.CUDAGraph()

@@ -55,12 +55,14 @@ def run_emulated(
     env: Mapping[str, str] | None = None,
     timeout: float = 180,
     cwd: Path | None = None,
+    first: str = "",
 ) -> Any:
     """Run a snippet in a fresh process that poses as `device`; what it passed to `result(…)` comes back.
 
-    `result` takes one JSON-able value and may be called once; without a call the value is None.
+    `result` takes one JSON-able value and may be called once; without a call the value is None. `first` is a
+    line that is run before the process poses.
     """
-    install = f"from nemo_fp8_recipes import emulation\nemulation.install({device!r})\n"
+    install = f"{first}\nfrom nemo_fp8_recipes import emulation\nemulation.install({device!r})\n"
     done = run_python(install + textwrap.dedent(code), env=env, timeout=timeout, cwd=cwd)
     return _reported(done.stdout)
 

@@ -11,6 +11,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     matmul.py       16-bit matrix products, accumulated in FP32 as tensor cores do
     device_type.py  `torch.device(0)` is the posing device
     operators.py    custom operators for the device run on its tensors
+    sharding.py     `fully_shard` of what is on the device
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -27,6 +28,7 @@ from nemo_fp8_recipes.emulation.torch_cuda import (
     placement,
     queries,
     random,
+    sharding,
     streams,
 )
 
@@ -44,3 +46,4 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     random.apply(ledger)
     autocast.apply(ledger)
     matmul.apply(ledger)
+    sharding.apply(ledger)

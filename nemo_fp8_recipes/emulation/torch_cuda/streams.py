@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,37 +104,43 @@ class StreamContext:
 _THE_STREAM = Stream()
 
 
-def apply(ledger: PatchLedger) -> None:
-    """Stand in for streams, events, synchronisation, capture queries and NVTX ranges."""
+def _of_any_kind() -> tuple[Callable[..., Any], ...]:
+    """What both torch.cuda and torch.accelerator have: each its own: torch.compile tells them apart."""
 
     def current_stream(device: Any = None) -> Stream:
-        return _THE_STREAM
-
-    def default_stream(device: Any = None) -> Stream:
         return _THE_STREAM
 
     def set_stream(stream: Any) -> None:
         return None
 
-    def stream(stream: Any) -> StreamContext:
-        return StreamContext(stream)
-
     def synchronize(device: Any = None) -> None:
         return None
+
+    return current_stream, set_stream, synchronize
+
+
+def apply(ledger: PatchLedger) -> None:
+    """Stand in for streams, events, synchronisation, capture queries and NVTX ranges."""
+
+    def default_stream(device: Any = None) -> Stream:
+        return _THE_STREAM
+
+    def stream(stream: Any) -> StreamContext:
+        return StreamContext(stream)
 
     def is_current_stream_capturing() -> bool:
         return False
 
     reason = "there are no CUDA streams"
     for function in (
-        current_stream,
+        *_of_any_kind(),
         default_stream,
-        set_stream,
         stream,
-        synchronize,
         is_current_stream_capturing,
     ):
         ledger.set(torch.cuda, function.__name__, function, reason)
+    for function in _of_any_kind():
+        ledger.set(torch.accelerator, function.__name__, function, "there is no stream of an accelerator")
     ledger.set(torch.cuda, "StreamContext", StreamContext, reason)
     ledger.set(torch.cuda, "Stream", Stream, reason)
     ledger.set(torch.cuda, "ExternalStream", Stream, reason)

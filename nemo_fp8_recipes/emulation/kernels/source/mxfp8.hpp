@@ -199,7 +199,8 @@ struct Mxfp8Tiles {
     for (int i = 0; i < count; i += kLanes) {
       const Ints largest = load_lanes<Ints>(amax + i);
       const Ints wanted = Ints(Floats(largest) * reciprocal_of_max);
-      const Ints rounded = smaller((wanted + 0x007fffff) >> 23, Ints{} + 254);
+      // Unsigned: of a NaN the sum is beyond an int.
+      const Ints rounded = smaller(Ints((Words(wanted) + 0x007fffffu) >> 23), Ints{} + 254);
       const Ints exponent = wanted <= 0x00400000 ? Ints{} : rounded;
       const Ints zero = largest == 0;  // all bits where it holds
       most = larger(most, largest);

@@ -84,7 +84,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"deferred_init|offload|selective_activation_checkpoint|memory",
-        r"memory_allocated|did not free|assert 0(\.0)? [=><]|comparison failed Obtained: 0",
+        r"memory_allocated|did not free|assert (0(\.0)?|-?64\.0) [=><]|comparison failed Obtained: 0",
         "it measures the device's memory, which is the host's here: `torch.cuda.memory_allocated()` is 0",
     ),
     (

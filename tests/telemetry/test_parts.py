@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from nemo_fp8_recipes.numerics import FORMATS
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
-from nemo_fp8_recipes.telemetry.probes.blocks import unpadded_positions
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
 from nemo_fp8_recipes.telemetry.probes.parts import bulk_limit, values_between
 from nemo_fp8_recipes.telemetry.probes.stored import values
-from tests.emulation.kernels.test_measure import BLOCKS, anything, fp32_scales, quantised
+from tests.emulation.kernels.test_measure import BLOCKS, anything, fp32_scales, quantised, swizzled
 from tests.numerics.inputs import mixed
 from tests.telemetry import elements_oracle
 
@@ -131,13 +130,7 @@ def test_what_an_outlier_makes_zero_is_the_bulk() -> None:
 )
 def test_scales_in_the_gemms_order(shape: tuple[int, int], kind: str, swizzle: str) -> None:
     plain = quantised(mixed(shape, torch.bfloat16), kind, "e4m3")
-    down, across = plain.scales.shape
-    padding = (128, 4) if swizzle == "rowwise" else (4, 128)
-    allocated = tuple(-(-size // to) * to for size, to in zip((down, across), padding, strict=True))
-    scales = torch.full(allocated, 0x77, dtype=torch.uint8)
-    positions = unpadded_positions(down, across, *allocated, swizzle)
-    scales.view(-1)[torch.from_numpy(positions.copy())] = plain.scales.reshape(-1)
-    arranged = plain._replace(scales=scales, swizzle=swizzle)
+    arranged = swizzled(plain, swizzle)
     assert torch.equal(bulk_limit(arranged, IndexCache()), bulk_limit(plain, IndexCache()))
     first, last = shape[1] + 5, 70 * shape[1] + 3
     found, expected = (values_between(one, first, last, IndexCache()) for one in (arranged, plain))

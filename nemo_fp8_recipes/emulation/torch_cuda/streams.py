@@ -105,7 +105,7 @@ _THE_STREAM = Stream()
 
 
 def _of_any_kind() -> tuple[Callable[..., Any], ...]:
-    """What both torch.cuda and torch.accelerator have: each its own: torch.compile tells them apart."""
+    """New functions in every call: torch.compile tells those of torch.cuda and torch.accelerator apart."""
 
     def current_stream(device: Any = None) -> Stream:
         return _THE_STREAM

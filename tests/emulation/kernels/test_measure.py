@@ -66,6 +66,17 @@ def fp32_scales(coded: Coded) -> np.ndarray:
     return scales
 
 
+def swizzled(coded: Coded, swizzle: str) -> Coded:
+    """The same with its uint8 scales in the GEMM's order, padded."""
+    down, across = coded.scales.shape
+    padding = (128, 4) if swizzle == "rowwise" else (4, 128)
+    allocated = tuple(-(-size // to) * to for size, to in zip((down, across), padding, strict=True))
+    scales = torch.full(allocated, 0x77, dtype=torch.uint8)
+    positions = unpadded_positions(down, across, *allocated, swizzle)
+    scales.view(-1)[torch.from_numpy(positions.copy())] = coded.scales.reshape(-1)
+    return coded._replace(scales=scales, swizzle=swizzle)
+
+
 def quantised(x: Tensor, kind: str, fmt: str) -> Coded:
     """x as each recipe quantises it."""
     block = BLOCKS[kind]
@@ -212,13 +223,7 @@ def test_the_largest_lie_together(kernels: Library) -> None:
 def test_scales_in_the_gemms_order(kernels: Library, shape: tuple[int, int], kind: str, swizzle: str) -> None:
     x = mixed(shape, torch.bfloat16)
     plain = quantised(x, kind, "e4m3")
-    down, across = plain.scales.shape
-    padding = (128, 4) if swizzle == "rowwise" else (4, 128)
-    allocated = tuple(-(-size // to) * to for size, to in zip((down, across), padding, strict=True))
-    scales = torch.full(allocated, 0x77, dtype=torch.uint8)
-    positions = unpadded_positions(down, across, *allocated, swizzle)
-    scales.view(-1)[torch.from_numpy(positions.copy())] = plain.scales.reshape(-1)
-    found = kernels.measure(x, plain._replace(scales=scales, swizzle=swizzle))
+    found = kernels.measure(x, swizzled(plain, swizzle))
     assert found.tolist() == kernels.measure(x, plain).tolist()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_fp8_recipes.telemetry import store
 from nemo_fp8_recipes.telemetry.series import FP8_MAX
-from tests.support.processes import run_ranks
+from tests.stages.distributed.configurations import run_configurations
 
 STEPS = 3
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall",
@@ -88,21 +88,8 @@ class Outcome(NamedTuple):
 
 
 def outcomes(configurations: dict[str, dict[str, Any]], ranks: int, tmp_path: Path) -> dict[str, Outcome]:
-    by_rank = run_ranks(
-        f"""
-        from pathlib import Path
-        from tests.stages.distributed.rank_program import run
-        result({{
-            name: run(name, options, Path({str(tmp_path)!r}), steps={STEPS})
-            for name, options in {configurations!r}.items()
-        }})
-        """,
-        ranks=ranks,
-        device="b200",
-        timeout=900,
-        tmp_path=tmp_path,
-    )
-    return {name: Outcome([rank[name] for rank in by_rank], tmp_path / name) for name in configurations}
+    made = run_configurations("rank_program", configurations, ranks=ranks, steps=STEPS, path=tmp_path)
+    return {name: Outcome(by_rank, tmp_path / name) for name, by_rank in made.items()}
 
 
 @pytest.fixture(scope="module")

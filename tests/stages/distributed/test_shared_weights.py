@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nemo_fp8_recipes.telemetry import store
-from tests.support.processes import run_ranks
+from tests.stages.distributed.configurations import run_configurations
 
 STEPS = 3
 CUT = {"fp8_param": True, "distributed_optimizer": True}
@@ -63,21 +63,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     found = {}
     for ranks, configurations in RUNS.items():
         path = tmp_path_factory.mktemp(f"ranks{ranks}")
-        by_rank = run_ranks(
-            f"""
-            from pathlib import Path
-            from tests.stages.distributed.shared_program import run
-            result({{
-                name: run(name, options, Path({str(path)!r}), steps={STEPS})
-                for name, options in {configurations!r}.items()
-            }})
-            """,
-            ranks=ranks,
-            device="b200",
-            timeout=900,
-            tmp_path=path,
-        )
-        found |= {name: Outcome([rank[name] for rank in by_rank], path / name) for name in configurations}
+        made = run_configurations("shared_program", configurations, ranks=ranks, steps=STEPS, path=path)
+        found |= {name: Outcome(by_rank, path / name) for name, by_rank in made.items()}
     return found
 
 

@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "elements.hpp"
+#include "instructions.hpp"
 #include "scale_place.hpp"
 
-#if defined(__AVX512BW__) && defined(__AVX512VPOPCNTDQ__) && !defined(NEMO_FP8_PORTABLE) && !defined(NEMO_FP8_NO_AVX512)
+#if defined(NEMO_FP8_AVX512) && defined(__AVX512VPOPCNTDQ__)
 #define NEMO_FP8_CODE_PLANES
-#include <immintrin.h>
 #endif
 
 namespace fp8 {

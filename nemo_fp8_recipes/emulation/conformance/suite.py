@@ -63,7 +63,7 @@ SUITE = (
     Part("mxfp8/test_mxfp8_group_quantize_graph_safe.py", 16),
     Part("mxfp8/test_mxfp8_master_weight_empty_shard.py"),
     Part("test_mxfp8_2d_quantize.py"),
-    Part("nvfp4/test_nvfp4_quantize_exact.py"),
+    Part("nvfp4/test_nvfp4_quantize_exact.py", 400),
     Part("nvfp4/test_nvfp4_rht_quantize_exact.py", 4),
     Part("nvfp4/test_nvfp4_gemm_exact.py", 400, keyword="not matches_emulated"),
     Part("nvfp4/test_nvfp4_gemm_exact.py", 4, keyword="matches_emulated"),

@@ -1,6 +1,6 @@
 """The stats tier: every quantised tensor is read again and compared with the one it was made from.
 
-This launches about 40 kernels a tensor and reads both tensors several times, or once where there is one of
+This launches about 50 kernels a tensor and reads both tensors several times, or once where there is one of
 `host_kernels`. It happens at the moment of quantisation: kept for later, activations would outlive their
 layer, and what is written in place would be gone. What is done at the end of the step does not depend on how
 many modules there are.

@@ -30,7 +30,7 @@ def placeholders(packages: Iterable[str]) -> Iterator[None]:
     missing = tuple(name for name in packages if name not in sys.modules and not _installed(name))
     finder = _Finder(missing)
     before = set(sys.modules)
-    sys.meta_path.append(finder)
+    sys.meta_path.insert(0, finder)  # before a folder of that name is found
     try:
         yield
     finally:
@@ -42,16 +42,20 @@ def placeholders(packages: Iterable[str]) -> Iterator[None]:
 
 def _installed(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:  # its parent is missing
         return False
+    # Any folder without an __init__ can be imported; it has no origin.
+    return spec is not None and spec.origin is not None
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the missing packages, their parents, and every submodule asked for, as placeholders."""
+    """Finds the missing packages, their missing parents, and every submodule asked for, as placeholders."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
+        parents = {name.rsplit(".", count)[0] for name in names for count in range(1, name.count(".") + 1)}
+        self._parents = {name for name in parents if name not in sys.modules and not _installed(name)}
 
     def find_spec(
         self,
@@ -59,8 +63,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if not any(
-            f"{fullname}.".startswith(f"{name}.") or name.startswith(f"{fullname}.") for name in self._names
+        if fullname not in self._parents and not any(
+            f"{fullname}.".startswith(f"{name}.") for name in self._names
         ):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)

@@ -57,6 +57,16 @@ def test_a_module_is_found_in_the_current_directory(tmp_path: Path) -> None:
     assert "H100" in done.stdout
 
 
+def test_folders_named_like_optional_packages_beside_the_script_change_nothing(tmp_path: Path) -> None:
+    """A folder without an __init__ can be imported, too, but is not the package of that name."""
+    path = program(tmp_path / "project")
+    for name in ("onnx", "onnxscript"):
+        (path.parent / name).mkdir()
+        (path.parent / name / "notes.py").write_text("TEXT = 'own'\n")
+    done = start(str(path), cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+
+
 def test_bad_input_is_one_line_and_a_status(tmp_path: Path) -> None:
     for arguments, message in (
         (("--device", "b20", "program.py"), "There is no GPU called 'b20'"),

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["MEASURED", "bulk_sample", "measure"]
+__all__ = ["MEASURED", "bulk_sample", "measure", "spare_rows"]
 
 MEASURED: tuple[tuple[str, Literal["sum", "max"]], ...] = (
     ("elements", "sum"),
@@ -39,7 +39,14 @@ _ROUNDING = 1 + 2.0**-20
 """What rounding of scale and inverse scale may add to the largest magnitude without clipping it."""
 
 
-def measure(source: Tensor, values: Tensor, limit: Tensor, bulk: Tensor | None = None) -> Tensor:
+def measure(
+    source: Tensor,
+    values: Tensor,
+    limit: Tensor,
+    bulk: Tensor | None = None,
+    *,
+    used: Tensor | None = None,
+) -> Tensor:
     """Compare a tensor with its quantised self. Waits for nothing; about 50 kernels.
 
     Elements that are NaN or Inf count as `elements` and `nonfinite` and nowhere else.
@@ -50,6 +57,8 @@ def measure(source: Tensor, values: Tensor, limit: Tensor, bulk: Tensor | None =
         limit: fp32, broadcastable to it: the largest magnitude that a code can stand for.
         bulk: fp32, one element: the magnitude that elements of the bulk do not exceed, which is known from
             elsewhere where `source` is a part of the tensor. None: that of all but its largest 1 %.
+        used: int64, one element: how many rows, from the first one on, count; of none everything is 0. None:
+            all of them do.
 
     Returns:
         fp64 (len(MEASURED),): number of elements, of zeros, of elements that are not zero and became zero, of
@@ -58,6 +67,10 @@ def measure(source: Tensor, values: Tensor, limit: Tensor, bulk: Tensor | None =
     """
     with torch.no_grad():
         x = source.detach().to(torch.float32, copy=True)
+        if used is not None:
+            spare = spare_rows(x, used)  # as if they were zeros that stay zeros
+            x.masked_fill_(spare, 0.0)
+            values, limit = values.masked_fill(spare, 0.0), limit.masked_fill(spare, 0.0)
         unknown = x - x  # NaN where x is NaN or Inf, else 0
         values = values.add(unknown).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -67,11 +80,11 @@ def measure(source: Tensor, values: Tensor, limit: Tensor, bulk: Tensor | None =
         nonzero, kept, saturated, nonfinite = torch.stack([part.count_nonzero() for part in counts])
         error = values.sub_(x)
         whole, units = _norms(x, error, unknown, largest)
-        small = magnitude.le_(bulk if bulk is not None else _bulk_limit(magnitude))  # 1 and 0
+        small = magnitude.le_(bulk if bulk is not None else _bulk_limit(magnitude, used))  # 1 and 0
         bulks, bulk_units = _norms(x.mul_(small), error.mul_(small), unknown)
         norms = torch.stack([*whole, *bulks]).to(torch.float64)
         squares = norms.mul_(torch.cat([units, bulk_units])).square_()
-        number = torch.full_like(nonzero, x.numel())
+        number = torch.full_like(nonzero, x.numel()) if used is None else used * x.shape[-1]
         counted = [number, number - nonzero - nonfinite, nonzero - kept, saturated, nonfinite]
         return torch.cat([torch.stack(counted), squares, largest[None]])
 
@@ -102,13 +115,24 @@ def _norms(
     return scaled, units
 
 
-def _bulk_limit(magnitude: Tensor) -> Tensor:
+def spare_rows(matrix: Tensor, used: Tensor) -> Tensor:
+    """Whether each row of `matrix` (rows, columns) lies behind the first `used`; bool (rows, 1)."""
+    return (torch.arange(matrix.shape[0], device=matrix.device) >= used)[:, None]
+
+
+def _bulk_limit(magnitude: Tensor, used: Tensor | None) -> Tensor:
     """Magnitude that all but the largest 1 % of the elements do not exceed; fp32, one element.
 
     Of more than `_SAMPLE` elements it is that of an even sample.
     """
     stride, top = bulk_sample(magnitude.numel(), magnitude.shape[-1])
-    return magnitude.reshape(-1)[::stride].topk(top, sorted=False).values.amin()
+    sample = magnitude.reshape(-1)[::stride]
+    if used is None:
+        return sample.topk(top, sorted=False).values.amin()
+    # Of the others, which are zeros, none is larger.
+    number = (used * magnitude.shape[-1] + (stride - 1)).div(stride, rounding_mode="floor")
+    place = number - number.to(torch.float64).mul_(_BULK).ceil_().to(torch.int64)
+    return sample.topk(top).values.gather(0, place.reshape(1)).squeeze()
 
 
 @functools.lru_cache(maxsize=256)

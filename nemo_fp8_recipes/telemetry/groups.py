@@ -92,6 +92,12 @@ class OneMatrix:
             changes["_rowwise_scale_inv"] = self._together(scales)
         return dataclasses.replace(self, **changes)
 
+    def used_rows(self) -> Tensor | None:
+        """How many rows, from the first one on, belong to an expert: int64, one element, on the device; None:
+        all of them. What lies in the others was not written, and what they were made of is not used.
+        """
+        return None if self.first_dims is None else self.first_dims.sum()
+
     def experts(self) -> Experts | None:
         """Whose rows these are; None where there is one expert."""
         return None if self.members == 1 else Experts(self.members, self._experts())

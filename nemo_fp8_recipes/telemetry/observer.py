@@ -334,8 +334,12 @@ class Observer:
         if self._stats:
             self._elements.quantised(operand, quantizer, tensor, source)
         if self.whatif.wants(operand):
-            experts = tensor.experts() if isinstance(tensor, OneMatrix) else None
-            self.whatif.quantised(operand, recipe_of(quantizer), source, judge=self._stats, experts=experts)
+            experts, used = None, None
+            if isinstance(tensor, OneMatrix):
+                experts, used = tensor.experts(), tensor.used_rows()
+            self.whatif.quantised(
+                operand, recipe_of(quantizer), source, judge=self._stats, experts=experts, used=used
+            )
 
     def _reread_parameter(self, operand: Operand, quantizer: Any, weight: Any) -> None:
         if not (self._reads_tensors and self._is_reread(operand)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemo_fp8_recipes import recipes
 from nemo_fp8_recipes.numerics import FORMATS, delayed
-from nemo_fp8_recipes.telemetry.elements import measure
+from nemo_fp8_recipes.telemetry.elements import measure, spare_rows
 from nemo_fp8_recipes.telemetry.groups import Experts
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import Reading, ReadingSpec
@@ -112,21 +112,31 @@ class WhatIf:
         return found
 
     def quantised(
-        self, operand: Operand, recipe: str, source: Tensor, *, judge: bool, experts: Experts | None = None
+        self,
+        operand: Operand,
+        recipe: str,
+        source: Tensor,
+        *,
+        judge: bool,
+        experts: Experts | None = None,
+        used: Tensor | None = None,
     ) -> None:
         """`recipe` quantised `source` in this logging step; `judge`: and the others are to be tried.
 
         Args:
             experts: whose rows the rows of `source` are, where it is that of several experts.
+            used: int64, one element: how many rows, from the first one on, count. None: all.
         """
         if source.numel() == 0:
             return
         with torch.no_grad():
             x = source.detach().reshape(-1, source.shape[-1])
+            if used is not None:
+                x = x.masked_fill(spare_rows(x, used), 0.0)
             if recipe != "delayed":
                 self._record(operand, x, experts)
             if judge:
-                self._judge(operand, recipe, x, experts)
+                self._judge(operand, recipe, x, experts, used)
 
     def end(self) -> Reading | None:
         """The logging step is over: what it showed. Its amax becomes the newest entry of the histories."""
@@ -234,7 +244,9 @@ class WhatIf:
             self._delayed[operand] = state
         return state
 
-    def _judge(self, operand: Operand, recipe: str, x: Tensor, experts: Experts | None) -> None:
+    def _judge(
+        self, operand: Operand, recipe: str, x: Tensor, experts: Experts | None, used: Tensor | None
+    ) -> None:
         for other in RECIPES:
             if other == recipe:
                 continue
@@ -248,7 +260,7 @@ class WhatIf:
                 found = SIMULATORS[other](x, operand.tensor, fmt, experts)
             if found is not None:
                 key = ReadingSpec(operand.module, operand.tensor, "", other, fmt, "mean", whatif=True)
-                self._sums.add(key, measure(x, found.values, found.limit))
+                self._sums.add(key, measure(x, found.values, found.limit, used=used))
 
     def _format(self, recipe: str, operand: Operand) -> str:
         return next(plan.format for name, plan in self._plans[recipe].items() if name == operand.tensor)

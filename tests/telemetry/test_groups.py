@@ -30,6 +30,7 @@ from tests.telemetry.test_no_waiting import quantizer as fake_quantizer
 pytestmark = [pytest.mark.usefixtures("emulated"), since("2.20")]
 
 ROWS = [128, 0, 256, 128]
+SUMS = ("norm", "noise", "bulk_norm", "bulk_noise")
 EXPERTS = len(ROWS)
 
 
@@ -130,26 +131,32 @@ def test_one_expert_is_a_tensor(pose, recipe, architecture, columns, _swizzled):
         assert torch.equal(found.values, wanted.values)
 
 
-def readings(recipe, grouped, *, needs_grad=True, scale=1.0, **options):
-    """What is read of `GroupedLinear` in a step, by operand and name."""
+def readings(recipe, grouped, *, needs_grad=True, scale=1.0, spare=0, whatif=(), **options):
+    """What is read of `GroupedLinear` in a step, by operand and name; `spare` rows belong to no expert."""
     import transformer_engine.pytorch as te
 
     torch.manual_seed(3)
     options = {"bias": False, "params_dtype": torch.bfloat16, **options}
     module = te.GroupedLinear(EXPERTS, 256, 128, use_grouped_tensor=grouped, **options)
-    x = (torch.randn(sum(ROWS), 256).bfloat16() * scale).requires_grad_(needs_grad)
-    dy = torch.randn(sum(ROWS), 128).bfloat16()
-    observer = Observer(module, history=False)
+    x, dy = torch.randn(sum(ROWS), 256).bfloat16() * scale, torch.randn(sum(ROWS), 128).bfloat16()
+    if spare:
+        x, dy = (torch.cat([each, torch.full((spare, each.shape[1]), 1e30).bfloat16()]) for each in (x, dy))
+        x[-1], dy[-1] = torch.nan, torch.inf
+    x.requires_grad_(needs_grad)
+    observer = Observer(module, history=False, whatif=whatif)
     observer.begin(stats=True)
     with autocast(recipe):
         y = module(x, torch.tensor(ROWS) if grouped else ROWS)
     y.backward(dy)
     reading = observer.end()
     assert reading is not None
-    assert all(spec.length == 1 for spec in reading.specs)
+    assert whatif or all(spec.length == 1 for spec in reading.specs)
+    values = reading.values.split([spec.length for spec in reading.specs])
     return {
-        (spec.module, spec.tensor, spec.name): value
-        for spec, value in zip(reading.specs, reading.values.tolist(), strict=True)
+        (spec.module, spec.tensor, f"{spec.recipe}/{spec.name}" if spec.whatif else spec.name): (
+            value.tolist() if spec.length > 1 else value.item()
+        )
+        for spec, value in zip(reading.specs, values, strict=True)
     }
 
 
@@ -183,6 +190,41 @@ def test_a_row_of_all_experts_says_what_theirs_say(name):
             compared.add(stat)
     assert {"elements", "noise"} < compared
     assert compared & {"scale_inv", "scale_inv_max"}
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("name", ["mxfp8", "tensorwise", "nvfp4"])
+def test_rows_of_no_expert_are_not_counted(name, kernel, monkeypatch):
+    """A buffer may have more rows than the experts together; what lies there is not written, and not read."""
+    from nemo_fp8_recipes.telemetry import host_kernels
+
+    if not kernel:
+        monkeypatch.setattr(host_kernels, "measure", None)
+    recipe = recipes.load(name, **({"disable_stochastic_rounding": True} if name == "nvfp4" else {}))
+    chosen = ["*"] if name == "mxfp8" else []
+    alone, more = (readings(recipe, True, spare=spare, whatif=chosen) for spare in (0, 256))
+    of_elements = {"elements", "zero_elements", "underflows", "saturated", "nonfinite", "largest", *SUMS}
+    compared = {key for key in alone if key[2].split("/")[-1] in {*of_elements, "amax_by_rank"}}
+    assert {key[1] for key in compared} == {"input", "weight", "grad_output"}
+    assert not chosen or {key[2] for key in compared} > {"nvfp4/noise", "tensorwise/bulk_norm"}
+    assert alone["", "input", "elements"] == sum(ROWS) * 256
+    for key in compared:  # the elements from which the bulk's limit is estimated are others
+        assert more[key] == pytest.approx(alone[key], rel=0.02 if "bulk" in key[2] else 1e-5), key
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_no_rows_at_all_are_none(kernel, monkeypatch):
+    import transformer_engine_torch as tex
+
+    from nemo_fp8_recipes.telemetry import host_kernels
+
+    if not kernel:
+        monkeypatch.setattr(host_kernels, "measure", None)
+    quantizer, x = made("mxfp8"), torch.full((128, 64), torch.nan).bfloat16()
+    grouped = tex.group_quantize(x, quantizer, 2, torch.tensor([0, 0]))
+    probe = ElementProbe(IndexCache())
+    probe.quantised(Operand("m", "input"), quantizer, one_matrix(grouped, quantizer), x)
+    assert not probe.end().values.any()
 
 
 def test_experts_of_zeros_alone():

@@ -19,6 +19,7 @@ from nemo_fp8_recipes.injection.operands import recipe_of
 from nemo_fp8_recipes.telemetry import host_kernels
 from nemo_fp8_recipes.telemetry.coded import Coded
 from nemo_fp8_recipes.telemetry.elements import MEASURED, measure
+from nemo_fp8_recipes.telemetry.groups import OneMatrix
 from nemo_fp8_recipes.telemetry.linears import Operand
 from nemo_fp8_recipes.telemetry.probes.base import SHARED_BY, Combine, Reading, ReadingSpec
 from nemo_fp8_recipes.telemetry.probes.index import IndexCache
@@ -89,6 +90,20 @@ def _combine(key: ReadingSpec, name: str) -> Combine:
     return _COMBINE.get(name, "mean")
 
 
+def _on_host(source: Tensor, coded: Coded, used: Tensor | None) -> Tensor | None:
+    """`measure` of the first `used` rows by the host's kernel; None where it does not do it."""
+    kernel = host_kernels.measure
+    if kernel is None or used is None:
+        return kernel(source, coded) if kernel is not None else None
+    if used.device.type != "cpu":
+        return None
+    rows = int(used)
+    if not rows:
+        return torch.zeros(len(MEASURED), dtype=torch.float64)
+    some = coded._replace(codes=coded.codes[:rows])
+    return kernel(source.reshape(-1, source.shape[-1])[:rows], some)
+
+
 class ElementProbe:
     """Measures every quantised tensor of a step against its source."""
 
@@ -109,11 +124,11 @@ class ElementProbe:
         coded = stored(quantizer, tensor)
         if coded is None:
             return
-        kernel = host_kernels.measure
-        measured = kernel(source, coded) if kernel is not None else None
+        used = tensor.used_rows() if isinstance(tensor, OneMatrix) else None
+        measured = _on_host(source, coded, used)
         if measured is None:
             found = values(coded, self._indices)
-            measured = measure(source.reshape(found.values.shape), found.values, found.limit)
+            measured = measure(source.reshape(found.values.shape), found.values, found.limit, used=used)
         self._add(ReadingSpec(*operand, "", recipe_of(quantizer), coded.format, "mean"), coded, measured)
 
     def kept(self, operand: Operand, quantizer: Any, weight: Any, copy: MainCopy) -> None:

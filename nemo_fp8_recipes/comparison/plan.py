@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]  # comes with OmegaConf, without types
 
 from nemo_fp8_recipes import config, preflight, recipes
 from nemo_fp8_recipes.errors import ConfigError, Fp8Error, RunDirectoryError
 from nemo_fp8_recipes.training.job import check
-from nemo_fp8_recipes.training.run_directory import DEFAULT_PARENT, RUN_FILE, read_run
+from nemo_fp8_recipes.training.run_directory import DEFAULT_PARENT, METRICS_FILE, RUN_FILE, read_run
 
 __all__ = ["Plan", "Variant", "flat", "make_plan"]
 
@@ -214,7 +215,17 @@ def _check(variant: Variant, *, resume: bool) -> None:
 
 def _same_configuration(variant: Variant) -> None:
     """A run that is there must be of this configuration: a table of unlike runs would compare nothing."""
-    there = OmegaConf.load(variant.path / "config.yaml")
+    file = variant.path / "config.yaml"
+    if not file.exists() and not (variant.path / METRICS_FILE).exists():
+        return  # it was killed at its first moment
+    try:
+        there = OmegaConf.load(file)
+    except (OSError, ValueError, YAMLError) as error:
+        raise RunDirectoryError(
+            f"{file} cannot be read: {error}.",
+            value=str(file),
+            hint="Which configuration that run had is not known: put its directory aside to train it anew.",
+        ) from error
     now = OmegaConf.create(OmegaConf.to_yaml(variant.config, resolve=True))
     old, new = flat(there), flat(now)
     different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and not _may_differ(key))

@@ -40,6 +40,8 @@ CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 _ALWAYS = {"status": str, "recipe": dict, "started": str}
 """What every `run.json` has."""
+_OFTEN: dict[str, type | tuple[type, ...]] = {"resumes": list, "versions": dict, "result": (dict, type(None))}
+"""What it has unless something else than a job of ours wrote it."""
 DATA_INDEX = ".data_index"
 LAUNCH_DIRECTORY = ".launch"
 """What is there before a run starts begins with a dot, so that it does not count as another run's."""
@@ -74,6 +76,7 @@ def read_run(path: Path) -> dict[str, Any]:
             hint="A newer nemo-fp8-recipes wrote it: upgrade this one." if newer else None,
         )
     missing = [key for key, kind in _ALWAYS.items() if not isinstance(record.get(key), kind)]
+    missing += [key for key, kind in _OFTEN.items() if key in record and not isinstance(record[key], kind)]
     if missing:
         raise RunDirectoryError(f"{file} is damaged: it has no {', '.join(missing)}.", value=str(path))
     return dict(record)
@@ -201,9 +204,8 @@ class RunDirectory:
         config_yaml: str,
         resumed_at: int | None = None,
     ) -> None:
-        """Write `config.yaml` and a `run.json` that says running; a resumed run keeps when it first
+        """Write a `run.json` that says running, and `config.yaml`; a resumed run keeps when it first
         started."""
-        atomic_write_text(self.path / "config.yaml", config_yaml)
         resumes = list(self._record.get("resumes", []))
         if resumed_at is not None:
             resumes.append({"step": resumed_at, "time": _now()})
@@ -223,6 +225,8 @@ class RunDirectory:
                 "result": None,
             }
         )
+        # After run.json, without which a directory that holds something is taken for another's.
+        atomic_write_text(self.path / "config.yaml", config_yaml)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run reached its last step; `result` is what `run.json` says about it (final losses)."""

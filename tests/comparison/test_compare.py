@@ -149,6 +149,21 @@ class TestRunning:
         words = json.loads((tmp_path / "c" / "mxfp8" / "run.json").read_text())["overrides"]
         assert "training.resume=auto" in words
 
+    def test_a_run_that_was_killed_while_it_began_is_run_again(
+        self, tmp_path: Path, fake, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its record is there, its configuration is not: nothing was trained yet."""
+        command = ["compare", "fp8_recipe=mxfp8", f"run_dir={tmp_path / 'c'}"]
+        assert main(command) == 0
+        run = tmp_path / "c" / "mxfp8"
+        (run / "config.yaml").unlink()
+        assert main([*command, "--resume"]) == 2
+        assert f"{run / 'config.yaml'} cannot be read" in capsys.readouterr().err
+        (run / "metrics.jsonl").unlink()
+        (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"running"'))
+        told = compare_json(capsys, *command[1:], "--resume")
+        assert [one["status"] for one in told["runs"]] == ["finished"] * 2
+
     def test_a_signal_ends_the_run_and_the_comparison(self, tmp_path: Path) -> None:
         """The command itself in a process of its own, stopped as Ctrl-C does."""
         code = (

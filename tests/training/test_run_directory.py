@@ -12,6 +12,7 @@ import pytest
 
 from nemo_fp8_recipes.errors import CheckpointError, ConfigError, Fp8Error, RunDirectoryError
 from nemo_fp8_recipes.report.run import load
+from nemo_fp8_recipes.training.files import atomic_write_text
 from nemo_fp8_recipes.training.metrics import MetricsLog, read_metrics
 from nemo_fp8_recipes.training.resume import open_run
 from nemo_fp8_recipes.training.run_directory import RunDirectory, newest_run
@@ -189,6 +190,39 @@ def test_auto_starts_a_run_where_none_is(tmp_path: Path) -> None:
     opening.run.close()
 
 
+@pytest.mark.parametrize("written", [0, 1])
+def test_auto_starts_a_run_again_that_was_killed_while_it_began(
+    tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first file was complete and before its second: whichever is there, it is no other's."""
+    from nemo_fp8_recipes.training import run_directory
+
+    class Killed(BaseException):
+        pass
+
+    files = []
+
+    def until_killed(path: Path, text: str) -> None:
+        if len(files) == written:
+            raise Killed
+        files.append(path.name)
+        atomic_write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "atomic_write_text", until_killed)
+        patch.setattr(
+            run_directory, "atomic_write_json", lambda path, value: until_killed(path, json.dumps(value))
+        )
+        run = RunDirectory.create(tmp_path / "run", "mxfp8")
+        with pytest.raises(Killed):
+            run.start(**START)
+        os.close(run._lock)
+    opening = open_run(str(tmp_path / "run"), "auto", "mxfp8")
+    opening.run.start(**START)
+    opening.run.close()
+    assert (tmp_path / "run" / "config.yaml").read_text() == START["config_yaml"]
+
+
 def test_auto_starts_a_run_again_that_ended_before_it_saved(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     run.close()  # killed: its record still says running
@@ -229,6 +263,8 @@ def test_resume_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"schema_version": None}, "it says null"),
         ({"recipe": None}, "it has no recipe"),
         ({"started": None, "status": 3}, "it has no status, started"),
+        ({"resumes": None}, "it has no resumes"),
+        ({"versions": [1], "result": 3}, "it has no versions, result"),
     ],
 )
 def test_a_record_of_another_form_says_what_is_wrong_with_it(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -61,3 +63,45 @@ def test_fp32_products_and_results_in_place_are_torchs_own() -> None:
     assert (a @ b).dtype == torch.float32
     out = torch.empty(8, 8, dtype=torch.bfloat16)
     assert torch.mm(a.bfloat16(), b.bfloat16(), out=out) is out
+
+
+class _Operands(TorchDispatchMode):
+    """Collects the types in which matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "linear"):
+            self.dtypes.update(argument.dtype for argument in args if isinstance(argument, torch.Tensor))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: a @ b,
+        lambda a, b: torch.bmm(a, b),
+        lambda a, b: torch.baddbmm(torch.zeros(1, 24, 40, device="cuda"), a, b),
+        lambda a, b: torch.nn.functional.linear(a[0], b[0].t(), torch.zeros(40, device="cuda"))[None],
+    ],
+)
+def test_autocast_rounds_the_operands_and_multiplies_in_fp32_too(
+    product: Callable, dtype: torch.dtype
+) -> None:
+    a, b = (tensor.detach().requires_grad_() for tensor in operands(torch.float32, (1, 24, 96), (1, 96, 40)))
+    rounded = [tensor.detach().to(dtype) for tensor in (a, b)]
+    with _Operands() as seen:
+        with torch.autocast("cuda", dtype=dtype):
+            result = product(a, b)
+            assert torch.is_autocast_enabled("cpu")
+        result.float().sum().backward()
+    assert seen.dtypes == {torch.float32}
+    assert result.dtype == dtype
+    assert torch.equal(result, (rounded[0].float() @ rounded[1].float()).to(dtype))
+    ones = torch.ones(1, 24, 40)
+    assert a.grad is not None
+    assert a.grad.dtype == torch.float32
+    assert torch.equal(a.grad, (ones @ rounded[1].float().mT).to(dtype).float())

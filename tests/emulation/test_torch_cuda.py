@@ -211,6 +211,32 @@ def test_autocast_for_the_device_computes_in_its_dtype() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
+def test_autocast_to_float32_raises_what_is_smaller() -> None:
+    """Which CUDA's autocast takes, and the host's refuses."""
+    a = torch.randn(4, 4, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cuda", dtype=torch.float32):
+            assert (a @ a).dtype == torch.float32
+            assert torch.get_autocast_dtype("cuda") == torch.float32
+    assert (a @ a).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_restores_the_device_s_autocast(reentrant: bool) -> None:
+    seen = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), (x @ x).dtype))
+        return x * x
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        x = torch.randn(4, 4, requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    y.sum().backward()
+    assert seen == [(True, torch.bfloat16, torch.bfloat16)] * 2
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_torchs_optimizer_computes_what_it_does_without_the_device(options: dict[str, bool]) -> None:
     """Adam's first step moves every weight by the learning rate against the sign of its gradient."""

@@ -1,6 +1,7 @@
 """Autocast for the device acts where its tensors are: `torch.autocast("cuda")` switches the host's, too.
 
-The CUDA switch is set as well, because Transformer Engine reads its dtype from it.
+The CUDA switch is set as well, because Transformer Engine reads its dtype from it; activation checkpointing
+restores both for the recomputation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 
@@ -23,9 +25,9 @@ def apply(ledger: PatchLedger) -> None:
     @functools.wraps(enter)
     def enter_both(self: Any) -> Any:
         if self.device == "cuda":
-            host = torch.autocast(
-                "cpu", dtype=self.fast_dtype, enabled=self._enabled, cache_enabled=self._cache_enabled
-            )
+            host = torch.autocast("cpu", enabled=False, cache_enabled=self._cache_enabled)
+            # Set here: the constructor refuses float32 for the host, which CUDA takes.
+            host._enabled, host.fast_dtype = self._enabled, self.fast_dtype
             self.__dict__.setdefault("_host_autocasts", []).append(host)
             enter(host)
         return enter(self)
@@ -39,3 +41,9 @@ def apply(ledger: PatchLedger) -> None:
 
     ledger.set(torch.autocast, "__enter__", enter_both, reason)
     ledger.set(torch.autocast, "__exit__", leave_both, reason)
+    ledger.set(
+        torch.utils.checkpoint.DefaultDeviceType,
+        "_default_device_type",
+        "cuda",
+        "checkpointing restores the autocast of the device that it believes the tensors to be on",
+    )

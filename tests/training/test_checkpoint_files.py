@@ -76,6 +76,23 @@ def test_a_marker_that_cannot_be_read_is_a_checkpoint_error(tmp_path: Path, text
         checkpoints.read_marker(path)
 
 
+@pytest.mark.parametrize("step", [2, 99])
+def test_a_marker_of_another_step_than_its_directory_is_refused(tmp_path: Path, step: int) -> None:
+    """Metrics and telemetry would be cut at one step, and the training go on from the other."""
+    path = save(tmp_path, step)
+    renamed = checkpoints.checkpoint_path(tmp_path, 3)
+    path.rename(renamed)
+    with pytest.raises(CheckpointError, match=rf"is corrupt: complete\.json is of step {step}\. Delete"):
+        checkpoints.read_marker(renamed)
+
+
+def test_a_damaged_checkpoint_says_from_where_one_can_go_on_without_it(tmp_path: Path) -> None:
+    for step, hint in ((5, "is no older one that is complete"), (7, "to go on from step 5"), (9, "step 7")):
+        path = save(tmp_path, step)
+        with pytest.raises(CheckpointError, match=f"Delete that directory .*{hint}"):
+            checkpoints.require_intact(path, ["x is missing"])
+
+
 def test_another_configuration_is_refused_naming_what_differs(tmp_path: Path) -> None:
     checkpoints.require_same_job(tmp_path, JOB, dict(JOB))
     with pytest.raises(CheckpointError, match=r"model\.num_layers was 2, is 4") as caught:
@@ -133,6 +150,14 @@ def test_torchs_opposite_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ("{}", "complete.json has no schema_version"),
         ('{"schema_version": 1, "step": 2, "job": {}, "versions": {}}', "complete.json has no files"),
         ('{"schema_version": 1, "step": 2, "job": {}, "versions": {}, "files": []}', "has no files"),
+        ('{"schema_version": 1, "step": 2, "job": {}, "versions": {}, "files": {}}', "has no files"),
+        *(
+            (
+                '{"schema_version": 1, "step": 2, "job": {}, "versions": {}, "files": {"a": ' + entry + "}}",
+                "complete.json does not say what a was",
+            )
+            for entry in ("null", "{}", '{"bytes": 1}', '{"bytes": "1", "blake2b": "x"}')
+        ),
     ],
 )
 def test_a_damaged_marker_says_what_to_do(tmp_path: Path, text: str, said: str) -> None:

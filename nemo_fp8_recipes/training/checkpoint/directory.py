@@ -47,11 +47,17 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
+def _step(directory: Path) -> int | None:
+    """The step that the name says; None where it is no checkpoint's."""
+    match = _NAME.fullmatch(directory.name)
+    return int(match.group(1)) if match else None
+
+
 def _steps(checkpoints: Path) -> dict[int, Path]:
     if not checkpoints.is_dir():
         return {}
-    found = ((_NAME.fullmatch(entry.name), entry) for entry in checkpoints.iterdir() if entry.is_dir())
-    return {int(match.group(1)): entry for match, entry in found if match}
+    found = ((_step(entry), entry) for entry in checkpoints.iterdir() if entry.is_dir())
+    return {step: entry for step, entry in found if step is not None}
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -60,11 +66,10 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return _steps(checkpoints)[step] if step is not None else None
 
 
-def newest_complete_step(checkpoints: Path) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    return max(
-        (step for step, path in _steps(checkpoints).items() if (path / MARKER).is_file()), default=None
-    )
+def newest_complete_step(checkpoints: Path, *, below: int | None = None) -> int | None:
+    """The step of the newest complete checkpoint, or None; `below`: of those of earlier steps."""
+    complete = (step for step, path in _steps(checkpoints).items() if (path / MARKER).is_file())
+    return max((step for step in complete if below is None or step < below), default=None)
 
 
 def prune(checkpoints: Path, *, keep: int, newest: int) -> None:
@@ -104,7 +109,8 @@ def write_marker(directory: Path, marker: CompleteMarker) -> None:
 
 
 def read_marker(directory: Path) -> CompleteMarker:
-    """The marker of a complete checkpoint. Raises `CheckpointError` when it is missing or not readable."""
+    """The marker of a complete checkpoint. Raises `CheckpointError` when it is missing, not readable, or of
+    another step than the directory's name says."""
     file = directory / MARKER
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -125,16 +131,26 @@ def read_marker(directory: Path) -> CompleteMarker:
         missing = f"has no {error.args[0]}" if isinstance(error, KeyError) else "is no JSON object"
         raise _corrupt(directory, f"{MARKER} {missing}") from error
     for key, kind in {"step": int, "job": dict, "versions": dict, "files": dict}.items():
-        if type(record[key]) is not kind:
+        if type(record[key]) is not kind or (key == "files" and not marker.files):
             raise _corrupt(directory, f"{MARKER} has no {key}")
+    for name, entry in marker.files.items():
+        kinds = [type(entry.get(key)) for key in ("bytes", "blake2b")] if isinstance(entry, dict) else []
+        if kinds != [int, str]:
+            raise _corrupt(directory, f"{MARKER} does not say what {name} was")
+    if _step(directory) not in (None, marker.step):
+        raise _corrupt(directory, f"{MARKER} is of step {marker.step}")
     return marker
 
 
 def _corrupt(directory: Path, damage: str) -> CheckpointError:
+    step = _step(directory)
+    older = newest_complete_step(directory.parent, below=step) if step is not None else None
     return CheckpointError(
         f"The checkpoint {directory} is corrupt: {damage}.",
         value=str(directory),
-        hint="Delete that directory to go on from the checkpoint before it.",
+        hint=f"Delete that directory to go on from step {older}."
+        if older is not None
+        else "Delete that directory to start again: there is no older one that is complete.",
     )
 
 

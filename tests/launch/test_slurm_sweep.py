@@ -42,7 +42,7 @@ def test_an_array_of_three_recipes_one_of_which_is_requeued_before_its_time_limi
         first = run_dir("delayed")
         job_id = first.name.partition("-")[2]
         assert job_id.endswith("_0")
-        cluster.run("scancel", "--signal=USR1", job_id)  # what --signal=USR1@… does before the limit
+        cluster.run("scancel", "--batch", "--signal=USR1", job_id)  # as SLURM does before the limit
         cluster.wait(job_id, "PENDING", seconds=90)
         saved = max(losses(first))
         assert 3 <= saved < STEPS_OF_LONG

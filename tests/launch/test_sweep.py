@@ -58,7 +58,8 @@ def test_submitit_is_told_what_the_launcher_group_says() -> None:
     }
     assert {key: found[key] for key in expected} == expected
     more = {"requeue": True, "mem": "900G", "exclusive": True, "mail-type": "END", "contiguous": True}
-    assert found["additional_parameters"] == more
+    signal = {"signal": "B:USR1@${hydra.launcher.signal_delay_s}"}
+    assert found["additional_parameters"] == {**more, **signal}
     assert "qos" not in found
     assert "module load cuda" in found["setup"]
     assert "export PROBE='$(x)'" in found["setup"]

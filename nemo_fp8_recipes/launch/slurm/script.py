@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import indent
 
 from nemo_fp8_recipes import __version__
 from nemo_fp8_recipes.errors import ConfigError
@@ -18,7 +19,16 @@ from nemo_fp8_recipes.launch.slurm.quoting import directive
 from nemo_fp8_recipes.launch.slurm.time_limit import refuse_early_notice
 from nemo_fp8_recipes.training.run_directory import LAUNCH_DIRECTORY
 
-__all__ = ["batch_script", "config_of", "gpus_per_node", "meeting", "surroundings", "tasks_per_node"]
+__all__ = [
+    "AWAIT",
+    "TELL",
+    "batch_script",
+    "config_of",
+    "gpus_per_node",
+    "meeting",
+    "surroundings",
+    "tasks_per_node",
+]
 
 _FIRST_PORT, _PORTS = 20000, 20000
 
@@ -160,7 +170,7 @@ def meeting(launcher: SlurmConfig) -> Iterator[str]:
     yield ""
 
 
-_TELL = """
+TELL = """
 told=0
 woken=0
 job=
@@ -168,11 +178,26 @@ tell() {
   told=1
   woken=1
   [ -n "$job" ] || return 0
-  { mkdir -p "${NEMO_FP8_NOTICE%/*}" && : > "$NEMO_FP8_NOTICE"; } 2>/dev/null \\
+  { mkdir -p "$(dirname "$NEMO_FP8_NOTICE")" && : > "$NEMO_FP8_NOTICE"; } 2>/dev/null \\
     || kill -USR1 "$job" 2>/dev/null || true
 }
 trap tell USR1
 """
+"""Lines of bash: SLURM's signal to this shell is said on to the job, whose process is `$job`, by a file."""
+
+
+AWAIT = """
+job=$!
+[ "$told" = 0 ] || tell
+# A signal interrupts `wait`; the job goes on until it has saved.
+while true; do
+  woken=0
+  status=0
+  wait "$job" || status=$?
+  [ "$woken" = 1 ] || break
+done
+"""
+"""Lines of bash: until the job, the last process that was started in the background, has ended."""
 
 
 def _notice(jobs: Sequence[Job]) -> Iterator[str]:
@@ -189,7 +214,7 @@ def _notice(jobs: Sequence[Job]) -> Iterator[str]:
         yield ")"
         yield "run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}"
     yield f'export {NOTICE}="$run_dir/{LAUNCH_DIRECTORY}/notice-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"'
-    yield from _TELL.strip().splitlines()
+    yield from TELL.strip().splitlines()
 
 
 def _is_of_array(job: Job) -> bool:
@@ -234,7 +259,7 @@ def _commands(job: Job, arguments: Arguments) -> Iterator[str]:
     yield ""
     tasks = tasks_per_node(job)
     start = f"--ntasks={launcher.nodes * tasks} --ntasks-per-node={tasks} --kill-on-bad-exit=1"
-    yield _RUN.format(start=start).strip()
+    yield _RUN.format(start=start, wait=indent(AWAIT.strip(), "  ")).strip()
 
 
 def _srun_options(job: Job) -> Iterator[str]:
@@ -277,15 +302,7 @@ _RUN = """
 status=143  # told before it began
 if [ "$told" = 0 ]; then
   "${{srun[@]}}" {start} "${{launch[@]}}" &
-  job=$!
-  [ "$told" = 0 ] || tell
-  # A signal interrupts `wait`; the job goes on until it has saved.
-  while true; do
-    woken=0
-    status=0
-    wait "$job" || status=$?
-    [ "$woken" = 1 ] || break
-  done
+{wait}
 fi
 rm -f "$NEMO_FP8_NOTICE" || true
 """

@@ -10,11 +10,15 @@ import os
 import re
 import shlex
 import signal
+from textwrap import indent
 from typing import Any
 
 from nemo_fp8_recipes.errors import ConfigError
+from nemo_fp8_recipes.launch.notice import NOTICE
 from nemo_fp8_recipes.launch.plan import Job
 from nemo_fp8_recipes.launch.slurm.script import (
+    AWAIT,
+    TELL,
     config_of,
     gpus_per_node,
     meeting,
@@ -78,7 +82,12 @@ def settings(job: Job, *, has_time: bool = False) -> dict[str, Any]:
                 value=getattr(launcher, key),
                 hint="Submit an array of our own: nemo-fp8 launch -m launcher=slurm …",
             )
-    more: dict[str, Any] = {"requeue" if launcher.requeue else "no-requeue": True}
+    more: dict[str, Any] = {
+        "requeue" if launcher.requeue else "no-requeue": True,
+        # To the batch shell, where submitit would have every process signalled, also those that do not listen
+        # yet.
+        "signal": f"B:{SIGNAL.name.removeprefix('SIG')}@${{hydra.launcher.signal_delay_s}}",
+    }
     for option, key in (("reservation", "reservation"), ("mem", "memory")):
         if getattr(launcher, key) is not None:
             more[option] = _readable(key, getattr(launcher, key))
@@ -109,10 +118,40 @@ def settings(job: Job, *, has_time: bool = False) -> dict[str, Any]:
             f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL.name.removeprefix('SIG')}",
             "export SLURM_KILL_BAD_EXIT=1",  # a rank that failed ends the others
             f"cd {shlex.quote(os.getcwd())}",
+            *_noticed(launcher.max_requeues if launcher.requeue and job.saves else 0),
             *(line for line in surroundings(launcher) if line),
             *(line for line in meeting(launcher) if line),
         ],
     }
+
+
+_SRUN = """
+srun() {{
+  status=143  # told before it began
+  if [ "$told" = 0 ]; then
+    env srun "$@" &
+{wait}
+  elif [ "$restarts" -lt {requeues} ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  rm -f "$NEMO_FP8_NOTICE"
+  return "$status"
+}}
+"""
+
+
+def _noticed(requeues: int) -> list[str]:
+    """Lines of bash: what becomes of SLURM's signal before the time limit. It becomes a file, as in our own
+    batch script; for that a function stands in for `srun`, with which submitit's script starts the job.
+    """
+    wait = indent(AWAIT.strip(), "    ")
+    place = "$(realpath -m '${hydra.sweep.dir}')/.submitit/notice-$SLURM_JOB_ID-$restarts"
+    return [
+        "restarts=$((SLURM_RESTART_COUNT + 0))",  # which SLURM sets from the first one on
+        f'export {NOTICE}="{place}"',
+        *TELL.strip().splitlines(),
+        *_SRUN.format(wait=wait, requeues=requeues).strip().splitlines(),
+    ]
 
 
 def _readable(key: str, value: object) -> str:

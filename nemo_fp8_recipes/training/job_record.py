@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_fp8_recipes.errors import ReportError
 from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.data import Dataset
@@ -93,6 +95,8 @@ class JobRecord:
         self._invocation = invocation
         self._console = console
         self._directory = directory  # on rank 0
+        self._lost: str | None = None
+        """What should have been logged before the point of resumption and is not there; on rank 0."""
 
     @classmethod
     def open(
@@ -171,7 +175,8 @@ class JobRecord:
                 config_yaml=invocation.config_yaml,
                 resumed_at=self.start if self.going_on is not None else None,
             )
-            MetricsLog(self.path / METRICS_FILE).truncate_after(self.start)
+            kept = MetricsLog(self.path / METRICS_FILE).truncate_after(self.start)
+            self._lost = _lost(kept, self.start, self._settings.training.log_every)
 
         agree(write)
 
@@ -196,6 +201,8 @@ class JobRecord:
         display.banner(self._console, rows)
         for note in self._invocation.notes:
             self._console.print(note, style="yellow", markup=False)
+        if self._lost is not None:
+            self._console.print(self._lost, style="yellow", markup=False)
         if self.going_on is not None and self.checkpoint is None:
             self._console.print("The run had saved no checkpoint: it starts again from its first step.")
 
@@ -218,7 +225,10 @@ class JobRecord:
         else:
             self._directory.interrupt(f"stopped after step {end.step} {end.reason}")
             self._console.print(f"Stopped after step {end.step} {end.reason}.")
-        text.render(self.path, self._console)
+        try:
+            text.render(self.path, self._console)
+        except ReportError as error:  # of a file that was damaged: the job itself went well
+            self._console.print(f"There is no summary: {error}", style="yellow", markup=False)
         for sink, values in (end.lost or {}).items():
             self._console.print(f"[bold]Telemetry is incomplete:[/bold] {sink} lost {values} values.")
         display.farewell(
@@ -228,6 +238,20 @@ class JobRecord:
             tensorboard=(self.path / "tensorboard").is_dir(),
             resumable=not finished and (training.save_every > 0 or end.rule is not None),
         )
+
+
+def _lost(steps: Sequence[int], start: int, log_every: int) -> str | None:
+    """That metrics which were logged up to the step `start` are gone; None where all are there, as far as it
+    shows: how often was logged may have been changed.
+    """
+    apart = max((after - before for before, after in pairwise([0, *steps])), default=1)
+    last = steps[-1] if steps else 0
+    if start - last < max(log_every, apart):
+        return None
+    return (
+        f"{METRICS_FILE} was cut off by something else: it ends at step {last}, and the run goes on after "
+        f"{start}."
+    )
 
 
 def _facts(

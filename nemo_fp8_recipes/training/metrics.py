@@ -52,11 +52,16 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def truncate_after(self, step: int) -> None:
-        """Keep the steps up to and including `step`; what a lost continuation logged goes. Atomic."""
+    def truncate_after(self, step: int) -> list[int]:
+        """Keep the steps up to and including `step`; what a lost continuation logged goes. Atomic.
+
+        Returns:
+            The steps that are left.
+        """
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        return [row["step"] for row in kept]
 
     def append(self, row: Mapping[str, float | int]) -> None:
         finite = {

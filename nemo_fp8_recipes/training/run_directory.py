@@ -127,7 +127,9 @@ class RunDirectory:
                 f"{directory} holds {what}.",
                 key="run_dir",
                 value=str(directory),
-                hint=f"Go on with it: training.resume={directory}. Or choose another run_dir.",
+                hint=f"Go on with it: training.resume={directory}. Or choose another run_dir."
+                if RUN_FILE in content
+                else "Choose another run_dir.",
             )
         return run
 

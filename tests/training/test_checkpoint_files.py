@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -45,6 +46,41 @@ def test_pruning_keeps_the_newest_complete_ones_and_what_it_does_not_know(tmp_pa
     (tmp_path / "notes").mkdir()
     checkpoints.prune(tmp_path, keep=2, newest=4)
     assert sorted(os.listdir(tmp_path)) == ["notes", "step_000003", "step_000004"]
+
+
+def test_checkpoints_that_may_not_be_read_are_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "checkpoints", 3)
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refused)
+        with pytest.raises(CheckpointError, match=r"Cannot read .*complete\.json: Permission denied\."):
+            checkpoints.newest_checkpoint(tmp_path / "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(CheckpointError, match=r"Cannot read .*checkpoints: Permission denied\."):
+            checkpoints.newest_complete_step(tmp_path / "checkpoints")
+
+
+def test_what_cannot_be_deleted_does_not_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process reads an old checkpoint, or it became somebody else's."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+
+        def busy(path: object, *_: object, **__: object) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+        for name in ("rmdir", "unlink"):
+            patch.setattr(os, name, busy)
+        checkpoints.prune(tmp_path, keep=1, newest=3)
+    assert checkpoints.newest_complete_step(tmp_path) == 3
+    checkpoints.prune(tmp_path, keep=1, newest=3)
+    assert os.listdir(tmp_path) == ["step_000003"]
 
 
 @pytest.mark.parametrize(

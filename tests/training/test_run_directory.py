@@ -73,7 +73,7 @@ def test_an_existing_run_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_other_files_are_not_mixed_with_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunDirectoryError, match=r"other files \(thesis.tex\)"):
+    with pytest.raises(RunDirectoryError, match=r"other files \(thesis.tex\)\. Choose another run_dir\.$"):
         RunDirectory.create(tmp_path, "mxfp8")
     assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
 

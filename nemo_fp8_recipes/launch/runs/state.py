@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_fp8_recipes.errors import RunDirectoryError
+from nemo_fp8_recipes.errors import CheckpointError, RunDirectoryError
 from nemo_fp8_recipes.launch.directory import LaunchDirectory, is_locked
 from nemo_fp8_recipes.launch.slurm.query import JobState, job_state
 from nemo_fp8_recipes.training.checkpoint.directory import newest_complete_step
@@ -83,7 +83,7 @@ def read_run_state(path: Path) -> Run:
     """The state of the run in `path`; a record that cannot be read makes it unreadable, with the reason."""
     try:
         return _read(path)
-    except RunDirectoryError as error:
+    except (CheckpointError, RunDirectoryError) as error:
         return Run(str(path), "unreadable", reason=error.message)
     except (AttributeError, KeyError, TypeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)

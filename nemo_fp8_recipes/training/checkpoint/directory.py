@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 MARKER = "complete.json"
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -54,34 +57,56 @@ def _step(directory: Path) -> int | None:
 
 
 def _steps(checkpoints: Path) -> dict[int, Path]:
-    if not checkpoints.is_dir():
-        return {}
-    found = ((_step(entry), entry) for entry in checkpoints.iterdir() if entry.is_dir())
-    return {step: entry for step, entry in found if step is not None}
+    with _reading(checkpoints):
+        if not checkpoints.is_dir():
+            return {}
+        found = ((_step(entry), entry) for entry in checkpoints.iterdir() if entry.is_dir())
+        return {step: entry for step, entry in found if step is not None}
+
+
+def _complete(checkpoints: Path) -> dict[int, Path]:
+    """Those with a marker. Raises `CheckpointError` where the directories cannot be read."""
+    with _reading(checkpoints):
+        return {step: path for step, path in _steps(checkpoints).items() if (path / MARKER).is_file()}
+
+
+@contextmanager
+def _reading(checkpoints: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {error.filename or checkpoints}: {error.strerror or error}.",
+            key="training.resume",
+            value=str(checkpoints),
+        ) from error
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The complete checkpoint of the latest step; directories without a marker are saves that never ended."""
-    step = newest_complete_step(checkpoints)
-    return _steps(checkpoints)[step] if step is not None else None
+    complete = _complete(checkpoints)
+    return complete[max(complete)] if complete else None
 
 
 def newest_complete_step(checkpoints: Path, *, below: int | None = None) -> int | None:
     """The step of the newest complete checkpoint, or None; `below`: of those of earlier steps."""
-    complete = (step for step, path in _steps(checkpoints).items() if (path / MARKER).is_file())
+    complete = _complete(checkpoints)
     return max((step for step in complete if below is None or step < below), default=None)
 
 
 def prune(checkpoints: Path, *, keep: int, newest: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints up to step `newest`, and every incomplete one."""
-    steps = _steps(checkpoints)
-    complete = sorted(step for step, path in steps.items() if (path / MARKER).is_file())
-    kept = set(complete[-keep:]) | {newest}
-    for step, path in steps.items():
+    """Delete all but the `keep` newest complete checkpoints up to step `newest`, and every incomplete one.
+    What cannot be deleted stays, with a warning: the newest one is complete, and the job can go on.
+    """
+    kept = {*sorted(_complete(checkpoints))[-keep:], newest}
+    for step, path in _steps(checkpoints).items():
         if step not in kept:
-            # The marker goes first, so that a deletion cut short leaves no checkpoint that looks complete.
-            (path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            try:
+                # The marker goes first: a deletion cut short leaves no checkpoint that looks complete.
+                (path / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("Cannot delete the checkpoint %s: %s.", path, error.strerror or error)
 
 
 def digest_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

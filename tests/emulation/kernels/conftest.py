@@ -28,6 +28,10 @@ def built(target: Path, *flags: str) -> Library:
     return Library(ctypes.CDLL(str(target)))
 
 
+QUICKLY = tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS)
+"""For forms whose speed nobody waits for."""
+
+
 @pytest.fixture(scope="session")
 def avx2(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """What a CPU without AVX-512 runs, where this one has it."""
@@ -38,11 +42,19 @@ def avx2(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @pytest.fixture(scope="session")
+def without_vbmi(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """What a CPU whose AVX-512 has no byte permutations runs, where this one's has."""
+    if "avx512vbmi" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX512_VBMI: the native kernels do without")
+    target = tmp_path_factory.mktemp("without_vbmi") / "kernels.so"
+    return built(target, *QUICKLY, build.NATIVE, "-mno-avx512vbmi", "-mno-avx512vbmi2")
+
+
+@pytest.fixture(scope="session")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """Without the instructions of this CPU and the code written for them."""
     target = tmp_path_factory.mktemp("portable") / "kernels.so"
-    flags = ("-O1" if flag == "-O3" else flag for flag in build.FLAGS)
-    return built(target, *flags, "-DNEMO_FP8_PORTABLE")
+    return built(target, *QUICKLY, "-DNEMO_FP8_PORTABLE")
 
 
 @pytest.fixture(params=["native", "avx2", "portable"])

@@ -18,6 +18,7 @@ from nemo_fp8_recipes.numerics import (
     mxfp8,
     tensorwise,
 )
+from tests.emulation.kernels.everything import everything
 from tests.numerics.inputs import DTYPES, amaxes, mixed
 
 FORMATS = st.sampled_from([E4M3, E5M2])
@@ -233,19 +234,45 @@ SCALES = (
 @pytest.mark.parametrize("scale", [*SCALES, float("inf"), float("nan")])
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 def test_every_bf16_value_under_scales_of_all_kinds(kernels: Library, fmt: Fp8Format, scale: float) -> None:
-    """Those that become normal numbers come first, by themselves: long runs of them take a way of their own.
-    Then many with one of the others among them, those next to the normal ones too. Then the others.
-    """
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    normal = becomes_normal(x, fmt, scale)
+    near = torch.isin(x.view(torch.int16), torch.cat([x[normal].view(torch.int16) + by for by in (-40, 40)]))
+    is_cast_right(kernels, x, normal, near, fmt, scale)
+
+
+@pytest.mark.parametrize("scale", [*SCALES, 2.0**-120, 2.0**-111, 1.9 * 2.0**112, 2.0**119])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_fp32_values_between_any_two_codes_under_scales_of_all_kinds(
+    kernels: Library, fmt: Fp8Format, scale: float
+) -> None:
+    """Of all binades the values where another code begins and those next to them, and any bit patterns."""
+    between = (np.arange(8, 16) + 0.5) / 8  # of products: in a binade of values they are of two
+    significands = 2 * np.frexp(between / (abs(float(np.float32(scale))) or 1.0))[0]
+    exact = np.ldexp(significands, np.arange(-130, 128)[:, None]).astype(np.float32).ravel()
+    bits = exact.view(np.int32)[:, None] + np.arange(-3, 4, dtype=np.int32)
+    random = np.random.default_rng(3).integers(0, 2**31, 2**15).astype(np.int32)
+    magnitudes = torch.from_numpy(np.concatenate([bits.clip(0).ravel(), random])).view(torch.float32)
+    x = torch.cat([magnitudes, -magnitudes])
+    is_cast_right(
+        kernels, x, becomes_normal(x, fmt, scale), torch.zeros(len(x), dtype=torch.bool), fmt, scale
+    )
+
+
+def becomes_normal(x: torch.Tensor, fmt: Fp8Format, scale: float) -> torch.Tensor:
     product = x.float().mul(scale).abs()
-    normal = product.ge(fmt.min_subnormal * 2.0**fmt.mantissa_bits) & product.le(fmt.max)
+    return product.ge(fmt.min_subnormal * 2.0**fmt.mantissa_bits) & product.le(fmt.max)
+
+
+def is_cast_right(
+    kernels: Library, x: torch.Tensor, normal: torch.Tensor, near: torch.Tensor, fmt: Fp8Format, scale: float
+) -> None:
+    """Those that become normal numbers come first, by themselves: long runs of them take a way of their own.
+    Then many with one of the others among them, those that are `near` too. Then the others.
+    """
     usual, others = x[normal], x[~normal]
     x = others
     if len(usual):
-        near = torch.isin(
-            others.view(torch.int16), torch.cat([usual.view(torch.int16) + by for by in (-40, 40)])
-        )
-        strangers = torch.cat([others[near], others[::977]])
+        strangers = torch.cat([others[near[~normal]], others[::977]])
         among = usual.repeat(1 + 512 * len(strangers) // len(usual))
         among[torch.arange(len(strangers)) * 509] = strangers
         x = torch.cat([usual, among, others])
@@ -258,14 +285,61 @@ def test_every_bf16_value_under_scales_of_all_kinds(kernels: Library, fmt: Fp8Fo
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 def test_every_tie_between_two_codes_and_its_neighbours(kernels: Library, fmt: Fp8Format) -> None:
+    x = around_ties(fmt).reshape(1, -1)
+    codes = codes_of(*x.shape)
+    kernels.cast(x, fmt, 1.0, codes)
+    assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("power", [0, -40])
+@pytest.mark.parametrize("each", [1, 31])
+@pytest.mark.parametrize("columns", [32, 96, 256])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_mxfp8_of_ties_between_two_codes(
+    kernels: Library, fmt: Fp8Format, columns: int, each: int, power: int
+) -> None:
+    """Under one scale everywhere: each block has the format's largest number. `each` values of a block's
+    row are ties or next to one. Subnormal codes take a way of their own with all that are beside them. One
+    block's values are all zero.
+    """
+    interesting, across = around_ties(fmt), columns // 32
+    interesting = interesting[torch.randperm(len(interesting), generator=torch.Generator().manual_seed(1))]
+    down = -(-len(interesting) // (each * 32 * across))
+    blocks = interesting.repeat(20)[: down * across * 32 * each].view(-1, 32, each)
+    blocks = torch.cat([blocks, torch.full((len(blocks), 32, 31 - each), 1.3)], -1)
+    blocks = torch.cat([blocks, torch.full((len(blocks), 32, 1), fmt.max)], -1)
+    blocks = torch.stack([row.roll(i, -1) for i, row in enumerate(blocks.unbind(1))], 1)
+    x = blocks.view(down, across, 32, 32).transpose(1, 2).reshape(-1, columns)
+    x = torch.cat([x, torch.zeros(32, columns)]) * 2.0**power
+    m, k = x.shape
+    found = Quantized(codes_of(m, k), codes_of(m, k // 32)), Quantized(codes_of(m, k), codes_of(m // 32, k))
+    kernels.mxfp8(x, fmt, *found, square=False, swizzled=False)
+    expected = mxfp8.quantize_rowwise(x, fmt), mxfp8.quantize_columnwise(x, fmt)
+    assert expected[0][1][:-32].eq(127 + power).all()
+    assert expected[1][1][:-1].eq(127 + power).all()
+    for quantized, pair in zip(found, expected, strict=True):
+        assert same(quantized.codes, pair[0])
+        assert same(quantized.scales, pair[1])
+
+
+def around_ties(fmt: Fp8Format) -> torch.Tensor:
+    """The values of all codes, those in the middle between two, and the numbers next to these."""
     values = numerics.decode(torch.arange(256).to(torch.uint8), fmt)
     values = values[torch.isfinite(values)].sort().values
     ties = (values[1:] + values[:-1]) / 2
     up, down = (torch.nextafter(ties, torch.tensor(to)) for to in (float("inf"), -float("inf")))
-    x = torch.cat([values, ties, up, down]).reshape(1, -1)
-    codes = codes_of(*x.shape)
-    kernels.cast(x, fmt, 1.0, codes)
-    assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(1.0)))
+    return torch.cat([values, ties, up, down])
+
+
+def test_a_cpu_without_byte_permutations(native: Library, without_vbmi: Library) -> None:
+    x = mixed((256, 288), torch.float32)
+    assert everything(native, x) == everything(without_vbmi, x)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (mixed((64, 256), torch.float32) * 2.0**-3).to(dtype)
+        for fmt in (E4M3, E5M2):
+            codes = codes_of(*x.shape)
+            without_vbmi.cast(x, fmt, 2.0, codes)
+            assert same(codes, tensorwise.quantize(x, fmt, torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)

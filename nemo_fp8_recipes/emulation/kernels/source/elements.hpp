@@ -102,7 +102,10 @@ struct Element {
   static constexpr int kShift = 23 - MantissaBits, kSignShift = SignShift;
   static constexpr int32_t kMaxBits = MaxBits, kNanCode = NanCode;
   static constexpr int32_t kSmallestNormal = power_bits(1 - Bias);
-  static constexpr int32_t kMaxCode = (MaxBits >> kShift) - (power_bits(-Bias) >> kShift);
+  // A normal number's code and this are the upper bits of the fp32 one.
+  static constexpr int32_t kBiasInCodes = power_bits(-Bias) >> kShift;
+  static constexpr int32_t kLeastNormalCode = 1 << MantissaBits;
+  static constexpr int32_t kMaxCode = (MaxBits >> kShift) - kBiasInCodes;
 
   static inline int32_t encode(float value) {
     const int32_t bits = as_bits(value);

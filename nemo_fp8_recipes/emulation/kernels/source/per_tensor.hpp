@@ -8,6 +8,7 @@
 #include "bfloat16.hpp"
 #include "elements.hpp"
 #include "encode.hpp"
+#include "float32.hpp"
 #include "largest.hpp"
 #include "loops.hpp"
 
@@ -46,8 +47,12 @@ template <class Out>
 class Encoder {
  public:
   Encoder(Input x, int64_t count, float scale) : x_(x), scale_(scale), far_(count > kFar) {
+    if (count < kWorthTable) return;
+#ifdef NEMO_FP8_AVX512
+    if (x.type == kFloat32) addends_.emplace(scale);
+#endif
 #ifdef NEMO_FP8_TABLE
-    if (x.type == kBFloat16 && count >= kWorthTable) table_.emplace(scale);
+    if (x.type == kBFloat16) table_.emplace(scale);
 #endif
   }
 
@@ -80,8 +85,11 @@ class Encoder {
 #ifdef NEMO_FP8_AVX512
     if (x_.type == kBFloat16) {
       done = encode_halves(static_cast<const uint16_t*>(x_.data) + begin, length, codes, lookups);
-      if (done == length) return;
+    } else if (addends_ && addends_->usable() && lookups.worthwhile()) {
+      done = addends_->encode(static_cast<const float*>(x_.data) + begin, length, codes, lookups.missed);
+      lookups.done += done;
     }
+    if (done == length) return;
 #endif
     alignas(64) float buffer[kStep];
     encode_row<Out>(x_.read(begin + done, length - done, buffer), length - done, scale_, codes + done);
@@ -103,8 +111,11 @@ class Encoder {
   Input x_;
   float scale_;
   bool far_;  // the tensor is too large for the caches of a core
-#ifdef NEMO_FP8_TABLE
   static constexpr int64_t kWorthTable = 4096;
+#ifdef NEMO_FP8_AVX512
+  std::optional<Float32Codes<Out>> addends_;
+#endif
+#ifdef NEMO_FP8_TABLE
   std::optional<Bfloat16Codes<Out>> table_;
 #endif
 };

@@ -16,6 +16,7 @@ from nemo_fp8_recipes.errors import (
 )
 from nemo_fp8_recipes.launch import sweep
 from nemo_fp8_recipes.training.errors import DivergedError, ReportedElsewhereError
+from nemo_fp8_recipes.training.interruption import end_on_ctrl_c
 from nemo_fp8_recipes.training.job import run_job
 
 __all__ = ["HELP", "run"]
@@ -61,7 +62,8 @@ def run(arguments: list[str]) -> int:
         return sweep.run(arguments)
     command = ["nemo-fp8", "train", *arguments]
     try:
-        return run_job(config.compose(arguments), command=command, overrides=arguments)
+        with end_on_ctrl_c():
+            return run_job(config.compose(arguments), command=command, overrides=arguments)
     except Fp8Error as error:
         if _reported_by_another_rank(error):
             # torchrun ends all processes when the first one exits: let the one that reports come first.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from nemo_fp8_recipes.training import display
@@ -69,6 +70,47 @@ def test_the_second_signal_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGTERM
     assert done.stdout == "still here\n"
+
+
+SWALLOWED = """
+import os, signal, sys, time
+from nemo_fp8_recipes.cli import main
+from nemo_fp8_recipes.commands import train
+from nemo_fp8_recipes.training.interruption import watch_signals
+
+def libraries(*_, **__):
+    try:
+        print("half-way", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+    except BaseException:
+        raise AttributeError("module has no attribute") from None
+
+def starting(*_, **__):
+    libraries()
+
+def training(*_, **__):
+    with watch_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        libraries()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+train.run_job = globals()[sys.argv[1]]
+sys.exit(main(["train"]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_ctrl_c_is_no_error_of_a_library_that_catches_it(moment: str) -> None:
+    """While the job starts, of which imports are the most, and the second one later on."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, moment],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "half-way\n", "nemo-fp8: interrupted\n")
 
 
 def test_a_reader_that_goes_away_does_not_end_the_job(tmp_path: Path) -> None:

@@ -89,3 +89,46 @@ def test_fully_shard_takes_a_model_that_is_on_the_device(imported: str, tmp_path
     )
     assert seen[0] == seen[1]
     assert seen[0] != 0
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_fully_sharded_data_parallel_takes_a_model_that_is_on_the_device(
+    imported: str, tmp_path: Path
+) -> None:
+    """FSDP1, which looks for an accelerator, with and without being told its index."""
+    seen = run_emulated(
+        f"""
+        import torch, torch.distributed as dist
+        import transformer_engine.pytorch as te
+        from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+        dist.init_process_group("nccl", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
+
+        def trained(options, where="cuda"):
+            torch.manual_seed(1)
+            model = te.Linear(64, 32, params_dtype=torch.bfloat16, device=where)
+            if options is not None:
+                mixed = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                options.update(use_orig_params=True, mixed_precision=mixed)
+                model = FullyShardedDataParallel(model, **options)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(3):
+                with te.autocast(enabled=True):
+                    model(torch.ones(32, 64, dtype=torch.bfloat16, device="cuda")).sum().backward()
+                model.clip_grad_norm_(1e9) if options is not None else None
+                optimizer.step()
+                optimizer.zero_grad()
+            state = {{name.split(".")[-1]: value for name, value in model.state_dict().items()}}
+            return state["weight"].float().sum().item()
+
+        result([
+            trained(None),
+            trained({{}}),
+            trained({{"device_id": torch.cuda.current_device(), "sync_module_states": True}}),
+            trained({{"device_id": torch.device("cuda")}}, "meta"),
+        ])
+        dist.destroy_process_group()
+        """,
+        first="import torch.distributed.fsdp" if imported == "before" else "",
+    )
+    assert seen[0] != 0
+    assert seen == [seen[0]] * 4

@@ -12,6 +12,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
     device_type.py  `torch.device(0)` is the posing device
     operators.py    custom operators for the device run on its tensors
     sharding.py     `fully_shard` of what is on the device
+    flat_sharding.py  `FullyShardedDataParallel` of it
     placement.py    `device="cuda"` makes a host tensor, and host tensors say that they are on the device
 """
 
@@ -22,6 +23,7 @@ from nemo_fp8_recipes.emulation.ledger import PatchLedger
 from nemo_fp8_recipes.emulation.torch_cuda import (
     autocast,
     device_type,
+    flat_sharding,
     matmul,
     memory,
     operators,
@@ -47,3 +49,4 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     autocast.apply(ledger)
     matmul.apply(ledger)
     sharding.apply(ledger)
+    flat_sharding.apply(ledger)

@@ -1,7 +1,7 @@
 """What Transformer Engine's Triton kernels compute, in torch: those that its modules need.
 
-Follows `common/triton/pad.py` and `common/triton/grouped_dbias_dscales.py` of Transformer Engine. The other
-Triton kernels do not run on the emulated device.
+Follows `common/triton/pad.py` and `common/triton/grouped_dbias_dscales.py` of Transformer Engine; those of
+`permutation.py` are in `mask_permutation`. The other Triton kernels do not run on the emulated device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nemo_fp8_recipes.emulation import mask_permutation
 from nemo_fp8_recipes.emulation.import_hook import after_import
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 
@@ -35,6 +36,12 @@ def apply(ledger: PatchLedger) -> None:
         f"{_PACKAGE}.grouped_dbias_dscales",
         _setting("_grouped_dbias_kernel", _GroupedBiasGradient()),
         "bias gradients of all experts are summed by a Triton kernel",
+    )
+    after_import(
+        ledger,
+        f"{_PACKAGE}.permutation",
+        mask_permutation.replace_kernels,
+        "tokens are moved to their experts by Triton kernels",
     )
 
 

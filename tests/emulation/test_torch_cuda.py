@@ -289,6 +289,45 @@ def test_waiting_for_the_accelerator_is_waiting_for_the_device() -> None:
     torch.accelerator.set_stream(torch.cuda.Stream())
     assert torch.accelerator.current_stream() == torch.cuda.current_stream()
     torch.accelerator.current_stream().wait_event(torch.cuda.Event())
+    assert torch.cuda.Stream.priority_range() == (0, -1)
+
+
+def test_profiling_is_switched_and_marked() -> None:
+    with torch.cuda.profiler.profile(), torch.cuda.nvtx.range("step"):
+        torch.cuda.nvtx.range_end(torch.cuda.nvtx.range_start("inner"))
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStart())
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
+    with pytest.raises(RuntimeError):
+        torch.cuda.check_error(2)
+
+
+def test_the_mode_that_warns_of_synchronisation_is_kept() -> None:
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.cuda.set_sync_debug_mode("warn")
+    assert torch.cuda.get_sync_debug_mode() == 1
+    torch.cuda.set_sync_debug_mode(0)
+    assert torch.cuda.get_sync_debug_mode() == 0
+    with pytest.raises(RuntimeError, match="'loud'"):
+        torch.cuda.set_sync_debug_mode("loud")
+
+
+def test_the_history_of_memory_is_empty(tmp_path: Path) -> None:
+    torch.cuda.memory._record_memory_history(max_entries=100)
+    torch.cuda.memory._dump_snapshot(str(tmp_path / "snapshot.pickle"))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    assert pickle.loads((tmp_path / "snapshot.pickle").read_bytes())["segments"] == []
+    assert torch.cuda.memory_snapshot() == []
+    torch.cuda.reset_peak_host_memory_stats()
+    assert torch.cuda.get_per_process_memory_fraction() == 1.0
+    assert torch.cuda.memory.get_allocator_backend() == "native"
+
+
+def test_cudnn_is_as_old_for_torch_as_for_transformer_engine() -> None:
+    import transformer_engine.pytorch as te
+
+    version = torch.backends.cudnn.version()
+    assert version is not None
+    assert te.get_cudnn_version() == (version // 10000, version // 100 % 100, version % 100)
 
 
 def test_a_cuda_graph_is_refused_in_words_of_ours() -> None:

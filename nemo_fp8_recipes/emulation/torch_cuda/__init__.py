@@ -5,6 +5,7 @@ One concern a file; every change goes through a `PatchLedger`, with its reason:
 
     queries.py      is there a device, which one, what are its properties
     streams.py      streams, events, capture state, NVTX: work is done when it is issued, so waiting is free
+    runtime.py      the profiler's switch, return codes, warnings of synchronisation, cuDNN's version
     memory.py       allocator statistics and cache control
     random.py       the device's random state, which is the host's
     autocast.py     the device's autocast, which acts on the host's tensors
@@ -30,6 +31,7 @@ from nemo_fp8_recipes.emulation.torch_cuda import (
     placement,
     queries,
     random,
+    runtime,
     sharding,
     streams,
 )
@@ -44,6 +46,7 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     operators.apply(ledger)
     queries.apply(ledger, device)
     streams.apply(ledger)
+    runtime.apply(ledger)
     memory.apply(ledger, device)
     random.apply(ledger)
     autocast.apply(ledger)

@@ -6,6 +6,7 @@ sheet's. What is free is what the host can still give: a program that asks first
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ _NOTHING_TO_DO = (
     "reset_max_memory_cached",
     "reset_accumulated_memory_stats",
     "set_per_process_memory_fraction",
+    "reset_accumulated_host_memory_stats",
+    "reset_peak_host_memory_stats",
+    "_record_memory_history",
+    "_set_allocator_settings",
 )
 _NOTHING_IN_USE = (
     "memory_allocated",
@@ -52,12 +57,37 @@ def apply(ledger: PatchLedger, device: EmulatedDevice) -> None:
     def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
         return "The device is emulated: no device memory is in use."
 
+    def memory_snapshot(*_args: Any, **_kwargs: Any) -> list[Any]:
+        return []
+
+    def _snapshot(device: Any = None, augment_with_fx_traces: bool = False) -> dict[str, list[Any]]:
+        return {"segments": [], "device_traces": [[]]}
+
+    def _dump_snapshot(filename: str = "dump_snapshot.pickle", augment_with_fx_traces: bool = False) -> None:
+        Path(filename).write_bytes(pickle.dumps(_snapshot()))
+
+    def get_per_process_memory_fraction(device: Any = None) -> float:
+        return 1.0
+
+    def get_allocator_backend() -> str:
+        return "native"
+
     @contextmanager
     def use_mem_pool(pool: Any, device: Any = None) -> Iterator[None]:
         yield
 
-    for function in (mem_get_info, memory_stats, memory_summary, use_mem_pool):
+    for function in (
+        mem_get_info,
+        memory_stats,
+        memory_summary,
+        memory_snapshot,
+        get_per_process_memory_fraction,
+        get_allocator_backend,
+        use_mem_pool,
+    ):
         _everywhere(ledger, function.__name__, function, reason)
+    for private in (_snapshot, _dump_snapshot):
+        ledger.set(torch.cuda.memory, private.__name__, private, reason)
     for name in _NOTHING_TO_DO:
         _everywhere(ledger, name, _constant(name, None), reason)
     for name in _NOTHING_IN_USE:
@@ -85,6 +115,7 @@ def _constant(name: str, value: Any) -> Callable[..., Any]:
 
 
 def _everywhere(ledger: PatchLedger, name: str, value: Any, reason: str) -> None:
-    ledger.set(torch.cuda, name, value, reason)
+    if not name.startswith("_"):
+        ledger.set(torch.cuda, name, value, reason)
     if hasattr(torch.cuda.memory, name):
         ledger.set(torch.cuda.memory, name, value, reason)

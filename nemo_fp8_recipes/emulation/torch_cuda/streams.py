@@ -30,6 +30,10 @@ class Stream:
     def device(self) -> torch.device:
         return torch.device("cuda", 0)
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, -1)
+
     def wait_event(self, event: Any) -> None:
         return None
 
@@ -159,8 +163,14 @@ def apply(ledger: PatchLedger) -> None:
     def range_pop() -> int:
         return 0
 
+    def range_start(msg: str) -> int:
+        return 0
+
+    def range_end(range_id: int) -> None:
+        return None
+
     def mark(msg: str) -> None:
         return None
 
-    for marker in (range_push, range_pop, mark):
+    for marker in (range_push, range_pop, range_start, range_end, mark):
         ledger.set(torch.cuda.nvtx, marker.__name__, marker, "NVTX is part of the CUDA build")

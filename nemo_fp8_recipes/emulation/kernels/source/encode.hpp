@@ -9,6 +9,16 @@ namespace fp8 {
 
 #ifdef NEMO_FP8_AVX2
 
+// Counts of the format's smallest subnormal in 8 fp32 numbers, up to the smallest normal one, in the lower halves.
+template <class Out>
+NEMO_FP8_INLINE __m256i subnormal_counts(__m256 value) {
+  // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
+  const __m256 least = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal));
+  const __m256 adder = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
+  const __m256 full = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(kMagnitude)));
+  return _mm256_castps_si256(_mm256_add_ps(_mm256_min_ps(full, least), adder));
+}
+
 // `Element::encode` of 32 values in four registers, as codes of a byte in order.
 //
 // The rounding is done on the upper halves of the fp32 numbers: a format that keeps three bits or fewer rounds them
@@ -28,15 +38,9 @@ NEMO_FP8_INLINE __m256i encode_32(const __m256 (&value)[4]) {
     const __m256i all = _mm256_or_si256(high[half], _mm256_min_epu16(up, _mm256_set1_epi16(1)));
     const __m256i full = _mm256_and_si256(all, _mm256_set1_epi16(0x7fff));
     const __m256i nearly = _mm256_add_epi16(full, _mm256_set1_epi16((1 << (kDrop - 1)) - 1 - kBias));
-    // Adding a power of two whose last place is the smallest subnormal rounds to a count of those.
-    const __m256 least = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal));
-    const __m256 adder = _mm256_castsi256_ps(_mm256_set1_epi32(Out::kSmallestNormal + (Out::kShift << 23)));
-    const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(kMagnitude));
-    const auto count = [&](__m256 of) {
-      return _mm256_castps_si256(_mm256_add_ps(_mm256_min_ps(_mm256_and_ps(of, bits), least), adder));
-    };
-    const __m256i counts = _mm256_blend_epi16(count(value[2 * half]),
-                                              _mm256_slli_epi32(count(value[2 * half + 1]), 16), 0xaa);
+    const __m256i counts =
+        _mm256_blend_epi16(subnormal_counts<Out>(value[2 * half]),
+                           _mm256_slli_epi32(subnormal_counts<Out>(value[2 * half + 1]), 16), 0xaa);
     code[half] = _mm256_max_epi16(_mm256_srai_epi16(nearly, kDrop), counts);
     nan[half] = _mm256_cmpgt_epi16(full, _mm256_set1_epi16(kInfinity >> 16));
   }

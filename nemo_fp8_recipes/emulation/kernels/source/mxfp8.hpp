@@ -56,6 +56,15 @@ NEMO_FP8_INLINE __m512i rounded(__m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(shifted, high, _mm512_set1_epi16(int16_t(0x8000)), 0xf8);  // a | (b & c)
 }
 
+// Sixteen values from `at`.
+NEMO_FP8_INLINE __m512 sixteen(const Input& x, int64_t at) {
+  if (x.type == kFloat32) return _mm512_loadu_ps(static_cast<const float*>(x.data) + at);
+  const auto* half = static_cast<const uint16_t*>(x.data) + at;
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
+  if (x.type == kFloat16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 #endif
 
 // The largest of each of eight vectors, in their order.
@@ -87,6 +96,7 @@ struct Mxfp8Tiles {
   alignas(64) int32_t row_max[kBlocks][kBlock], column_max[kWidth];
   alignas(64) uint8_t row_kept[kBlocks][kBlock], column_kept[kWidth];
   alignas(64) int32_t row_addend[kBlocks][kBlock], column_addend[kWidth];  // twice in a word
+  alignas(64) float column_factor[kWidth];
 #ifdef NEMO_FP8_AVX512
   alignas(64) __m512i values[kBlock][kBlocks];  // rounded
 #else
@@ -116,6 +126,7 @@ struct Mxfp8Tiles {
     quick &= find_scales(row_max[0], blocks * kBlock, row_kept[0], row_addend[0]);
     if (!quick) return false;
     keep_scales(number, j0, blocks);
+    for (int j = 0; j < blocks * kBlock; ++j) column_factor[j] = factor(column_kept[j]);
     encode(number * kBlock, j0, blocks);
     return true;
   }
@@ -210,42 +221,37 @@ struct Mxfp8Tiles {
     }
   }
 
-  // Codes of `count` values from `at`, of which some are subnormal numbers, each under its own scale.
-  NEMO_FP8_CALLED void multiply(int64_t at, int count, const uint8_t (&kept)[64], uint8_t* codes) {
-    alignas(64) float factor[64];
-    for (int c = 0; c < count; ++c) factor[c] = as_float((254 - kept[c]) << 23);
-    encode_row<Out>(generic.x.read(at, count, buffer), count, factor, codes + at);
-  }
-
-  void multiply_row(int64_t at, int i, int b, int blocks, uint8_t* codes) {
-    uint8_t kept[64];
-    for (int n = 0; n < blocks; ++n) std::memset(kept + n * kBlock, row_kept[b + n][i], kBlock);
-    multiply(at + b * kBlock, blocks * kBlock, kept, codes);
-  }
-
-  void multiply_columns(int64_t at, int b, int blocks, uint8_t* codes) {
-    uint8_t kept[64];
-    std::memcpy(kept, column_kept + b * kBlock, size_t(blocks * kBlock));
-    multiply(at + b * kBlock, blocks * kBlock, kept, codes);
-  }
+  static float factor(uint8_t kept) { return as_float((254 - kept) << 23); }
 
 #ifdef NEMO_FP8_AVX512
-  // Codes of two blocks' rows. False where some are subnormal numbers.
-  NEMO_FP8_INLINE static bool codes_of(const __m512i (&bare)[2], __m512i add, __m512i add_next, __m512i signs,
-                                       __m512i& codes) {
-    const __m512i first = _mm512_add_epi16(bare[0], add), second = _mm512_add_epi16(bare[1], add_next);
+  // Codes of two blocks' rows from words with a magnitude's code each.
+  NEMO_FP8_INLINE static __m512i codes_of(__m512i magnitudes, __m512i signs) {
+    return in_order(_mm512_ternarylogic_epi32(magnitudes, signs, _mm512_set1_epi8(int8_t(0x80)), 0xf8));  // a | (b & c)
+  }
+
+  NEMO_FP8_INLINE static bool none_subnormal(const __m512i (&shifted)[2]) {
     const __m512i end = _mm512_set1_epi16(Shifted<Out>::kSubnormal);
-    const __mmask32 low = _mm512_cmplt_epu16_mask(first, end), low_next = _mm512_cmplt_epu16_mask(second, end);
-    // Packing saturates, and so does subtracting: what is below zero has the code 0.
-    const __m512i magnitudes = _mm512_subs_epu8(_mm512_packus_epi16(first, second),
-                                                _mm512_set1_epi8(int8_t(Shifted<Out>::kBelow)));
-    const __m512i sign = _mm512_set1_epi8(int8_t(0x80));
-    codes = in_order(_mm512_ternarylogic_epi32(magnitudes, signs, sign, 0xf8));  // a | (b & c)
-    return _kortestz_mask32_u8(low, low_next);
+    return _kortestz_mask32_u8(_mm512_cmplt_epu16_mask(shifted[0], end), _mm512_cmplt_epu16_mask(shifted[1], end));
+  }
+
+  // Codes of two blocks' rows of which some are subnormal numbers: these are counted in the values themselves.
+  // Everything comes in registers: with an address the usual way would have to write it down too.
+  NEMO_FP8_CALLED __m512i with_subnormal(int64_t at, int there, __m512i first, __m512i second, __m512i signs, __m512 by0,
+                                         __m512 by1, __m512 by2, __m512 by3) {
+    const __m512i shifted[2] = {first, second};
+    const __m512 factor[4] = {by0, by1, by2, by3};
+    __m512i code[2];
+    for (int n = 0; n < 2; ++n) {
+      const int64_t block = at + (n < there ? n : 0) * kBlock;
+      const __m512i count = subnormal_words<Out>(_mm512_mul_ps(sixteen(generic.x, block), factor[2 * n]),
+                                                 _mm512_mul_ps(sixteen(generic.x, block + 16), factor[2 * n + 1]));
+      code[n] = _mm512_max_epi16(_mm512_sub_epi16(shifted[n], _mm512_set1_epi16(Shifted<Out>::kBelow)), count);
+    }
+    return codes_of(_mm512_packus_epi16(code[0], code[1]), signs);
   }
 
   void encode(int64_t i0, int64_t j0, int blocks) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), below = _mm512_set1_epi8(int8_t(Shifted<Out>::kBelow));
     __m512i down[kBlocks];
     for (int b = 0; b < blocks; ++b) {
       down[b] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_load_si512(column_addend + b * kBlock),
@@ -253,46 +259,69 @@ struct Mxfp8Tiles {
     }
     uint8_t *row_codes = generic.rowwise.codes, *column_codes = generic.columnwise.codes;
     for (int i = 0; i < kBlock; ++i) {
-      const int64_t at = (i0 + i) * generic.k + j0;
       for (int b = 0; b < blocks; b += 2) {
+        const int64_t at = (i0 + i) * generic.k + j0 + b * kBlock;
         const int there = std::min(2, blocks - b), next = b + there - 1;  // of an odd number the last one twice
         const __mmask64 whole = there == 2 ? ~__mmask64{0} : __mmask64{0xffffffff};
         const __m512i signs = _mm512_packs_epi16(values[i][b], values[i][next]);
         const __m512i bare[2] = {_mm512_and_si512(values[i][b], magnitude),
                                  _mm512_and_si512(values[i][next], magnitude)};
-        __m512i codes;
+        const auto write = [&](uint8_t* codes, __m512i add, __m512i add_next, auto&& factors)
+                               __attribute__((always_inline)) {
+          const __m512i shifted[2] = {_mm512_add_epi16(bare[0], add), _mm512_add_epi16(bare[1], add_next)};
+          // Packing saturates, and so does subtracting: what is below zero has the code 0.
+          __m512i bytes = codes_of(_mm512_subs_epu8(_mm512_packus_epi16(shifted[0], shifted[1]), below), signs);
+          if (__builtin_expect(!none_subnormal(shifted), 0)) {
+            bytes = with_subnormal(at, there, shifted[0], shifted[1], signs, factors(b, 0), factors(b, 16),
+                                   factors(next, 0), factors(next, 16));
+          }
+          _mm512_mask_storeu_epi8(codes + at, whole, bytes);
+        };
         if (row_codes) {
-          const __m512i add = _mm512_set1_epi32(row_addend[b][i]), add_next = _mm512_set1_epi32(row_addend[next][i]);
-          const bool done = codes_of(bare, add, add_next, signs, codes);
-          _mm512_mask_storeu_epi8(row_codes + at + b * kBlock, whole, codes);
-          if (__builtin_expect(!done, 0)) multiply_row(at, i, b, there, row_codes);
+          write(row_codes, _mm512_set1_epi32(row_addend[b][i]), _mm512_set1_epi32(row_addend[next][i]),
+                [&](int block, int) { return _mm512_set1_ps(factor(row_kept[block][i])); });
         }
-        const bool done = codes_of(bare, down[b], down[next], signs, codes);
-        _mm512_mask_storeu_epi8(column_codes + at + b * kBlock, whole, codes);
-        if (__builtin_expect(!done, 0)) multiply_columns(at, b, there, column_codes);
+        write(column_codes, down[b], down[next],
+              [&](int block, int from) { return _mm512_load_ps(column_factor + block * kBlock + from); });
       }
     }
   }
 #else
-  // Codes of a block's row. False where some are subnormal numbers.
-  NEMO_FP8_INLINE static bool codes_of(const __m256i (&bare)[2], __m256i add, __m256i add_next, __m256i signs,
-                                       __m256i& codes) {
-    const __m256i first = _mm256_add_epi16(bare[0], add), second = _mm256_add_epi16(bare[1], add_next);
-    const __m256i last = _mm256_set1_epi16(Shifted<Out>::kSubnormal - 1);
-    const __m256i least = _mm256_min_epu16(first, second);
-    // Packing saturates, and so does subtracting: what is below zero has the code 0.
-    const __m256i magnitudes = _mm256_subs_epu8(_mm256_packus_epi16(first, second),
-                                                _mm256_set1_epi8(char(Shifted<Out>::kBelow)));
+  // Codes of a block's row from words with a magnitude's code each.
+  NEMO_FP8_INLINE static __m256i codes_of(__m256i magnitudes, __m256i signs) {
     const __m256i together = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                               0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i mixed = _mm256_or_si256(magnitudes, signs);
-    codes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(mixed, together), order);
+    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(_mm256_or_si256(magnitudes, signs), together), order);
+  }
+
+  NEMO_FP8_INLINE static bool none_subnormal(const __m256i (&shifted)[2]) {
+    const __m256i last = _mm256_set1_epi16(Shifted<Out>::kSubnormal - 1);
+    const __m256i least = _mm256_min_epu16(shifted[0], shifted[1]);
     return _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_min_epu16(least, last), least)) == 0;
+  }
+
+  // Codes of a block's row of which some are subnormal numbers: these are counted in the values themselves.
+  // Everything comes in registers: with an address the usual way would have to write it down too.
+  NEMO_FP8_CALLED __m256i with_subnormal(int64_t at, __m256i first, __m256i second, __m256i signs, __m256 by0, __m256 by1,
+                                         __m256 by2, __m256 by3) {
+    const __m256i shifted[2] = {first, second};
+    const __m256 factor[4] = {by0, by1, by2, by3};
+    const float* value = generic.x.read(at, kBlock, buffer);
+    const auto count = [&](int part) {
+      return subnormal_counts<Out>(_mm256_mul_ps(_mm256_loadu_ps(value + 8 * part), factor[part]));
+    };
+    __m256i code[2];
+    for (int half = 0; half < 2; ++half) {
+      const __m256i counts = _mm256_blend_epi16(count(2 * half), _mm256_slli_epi32(count(2 * half + 1), 16), 0xaa);
+      code[half] = _mm256_max_epi16(_mm256_sub_epi16(shifted[half], _mm256_set1_epi16(Shifted<Out>::kBelow)), counts);
+    }
+    return codes_of(_mm256_packus_epi16(code[0], code[1]), signs);
   }
 
   void encode(int64_t i0, int64_t j0, int blocks) {
     const __m256i magnitude = _mm256_set1_epi16(0x7fff), sign = _mm256_set1_epi8(char(0x80));
+    const __m256i below = _mm256_set1_epi8(char(Shifted<Out>::kBelow));
     __m256i down[2 * kBlocks];
     for (int h = 0; h < 2 * blocks; ++h) {
       const auto* addend = reinterpret_cast<const __m256i*>(column_addend + h * 16);
@@ -300,21 +329,27 @@ struct Mxfp8Tiles {
     }
     uint8_t *row_codes = generic.rowwise.codes, *column_codes = generic.columnwise.codes;
     for (int i = 0; i < kBlock; ++i) {
-      const int64_t at = (i0 + i) * generic.k + j0;
       for (int b = 0; b < blocks; ++b) {
+        const int64_t at = (i0 + i) * generic.k + j0 + b * kBlock;
         const __m256i first = values[i][2 * b], second = values[i][2 * b + 1];
         const __m256i signs = _mm256_and_si256(_mm256_packs_epi16(first, second), sign);
         const __m256i bare[2] = {_mm256_and_si256(first, magnitude), _mm256_and_si256(second, magnitude)};
-        __m256i codes;
+        const auto write = [&](uint8_t* codes, __m256i add, __m256i add_next, auto&& factors)
+                               __attribute__((always_inline)) {
+          const __m256i shifted[2] = {_mm256_add_epi16(bare[0], add), _mm256_add_epi16(bare[1], add_next)};
+          // Packing saturates, and so does subtracting: what is below zero has the code 0.
+          __m256i bytes = codes_of(_mm256_subs_epu8(_mm256_packus_epi16(shifted[0], shifted[1]), below), signs);
+          if (__builtin_expect(!none_subnormal(shifted), 0)) {
+            bytes = with_subnormal(at, shifted[0], shifted[1], signs, factors(0), factors(8), factors(16), factors(24));
+          }
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), bytes);
+        };
         if (row_codes) {
           const __m256i add = _mm256_set1_epi32(row_addend[b][i]);
-          const bool done = codes_of(bare, add, add, signs, codes);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(row_codes + at + b * kBlock), codes);
-          if (__builtin_expect(!done, 0)) multiply_row(at, i, b, 1, row_codes);
+          write(row_codes, add, add, [&](int) { return _mm256_set1_ps(factor(row_kept[b][i])); });
         }
-        const bool done = codes_of(bare, down[2 * b], down[2 * b + 1], signs, codes);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(column_codes + at + b * kBlock), codes);
-        if (__builtin_expect(!done, 0)) multiply_columns(at, b, 1, column_codes);
+        write(column_codes, down[2 * b], down[2 * b + 1],
+              [&](int from) { return _mm256_load_ps(column_factor + b * kBlock + from); });
       }
     }
   }

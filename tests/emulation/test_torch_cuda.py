@@ -222,19 +222,21 @@ def test_autocast_to_float32_raises_what_is_smaller() -> None:
     assert (a @ a).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_restores_the_device_s_autocast(reentrant: bool) -> None:
+def test_activation_checkpointing_restores_the_device_s_autocast(reentrant: bool, dtype: torch.dtype) -> None:
     seen = []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         seen.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), (x @ x).dtype))
         return x * x
 
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        x = torch.randn(4, 4, requires_grad=True)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    with torch.autocast("cuda", dtype=dtype):
+        x = torch.randn(4, 4, dtype=other, requires_grad=True)
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
     y.sum().backward()
-    assert seen == [(True, torch.bfloat16, torch.bfloat16)] * 2
+    assert seen == [(True, dtype, dtype)] * 2
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])

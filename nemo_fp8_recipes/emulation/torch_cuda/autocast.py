@@ -19,8 +19,24 @@ __all__ = ["apply"]
 
 def apply(ledger: PatchLedger) -> None:
     """Make entering CUDA autocast enter the host's with the same dtype, and leaving it leave that."""
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    make, enter, leave = torch.autocast.__init__, torch.autocast.__enter__, torch.autocast.__exit__
     reason = "the tensors that CUDA autocast is meant for are on the host"
+
+    @functools.wraps(make)
+    def make_mirrored(
+        self: Any,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> None:
+        """The host's autocast to float32, which torch refuses, can be made within the device's: activation
+        checkpointing does that for the recomputation.
+        """
+        float32 = device_type == "cpu" and dtype == torch.float32 == _device_dtype()
+        make(self, device_type, dtype, enabled and not float32, cache_enabled)
+        if float32:
+            self._enabled = enabled
 
     @functools.wraps(enter)
     def enter_both(self: Any) -> Any:
@@ -39,6 +55,7 @@ def apply(ledger: PatchLedger) -> None:
             leave(self._host_autocasts.pop(), *exception)
         return result
 
+    ledger.set(torch.autocast, "__init__", make_mirrored, reason)
     ledger.set(torch.autocast, "__enter__", enter_both, reason)
     ledger.set(torch.autocast, "__exit__", leave_both, reason)
     ledger.set(
@@ -47,3 +64,8 @@ def apply(ledger: PatchLedger) -> None:
         "cuda",
         "checkpointing restores the autocast of the device that it believes the tensors to be on",
     )
+
+
+def _device_dtype() -> torch.dtype | None:
+    """To which the device's autocast casts now; None where it is off."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None

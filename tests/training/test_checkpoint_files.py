@@ -83,6 +83,24 @@ def test_what_cannot_be_deleted_does_not_end_the_job(tmp_path: Path, monkeypatch
     assert os.listdir(tmp_path) == ["step_000003"]
 
 
+def test_an_old_checkpoint_that_cannot_be_looked_into_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "step_000001":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    checkpoints.prune(tmp_path, keep=1, newest=3)
+    assert "step_000001/complete.json: Permission denied" in caplog.text
+    assert "step_000003" in os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -96,10 +96,15 @@ def newest_complete_step(checkpoints: Path, *, below: int | None = None) -> int 
 
 def prune(checkpoints: Path, *, keep: int, newest: int) -> None:
     """Delete all but the `keep` newest complete checkpoints up to step `newest`, and every incomplete one.
-    What cannot be deleted stays, with a warning: the newest one is complete, and the job can go on.
+    What cannot be read or deleted stays, with a warning: the newest one is complete, and the job can go on.
     """
-    kept = {*sorted(_complete(checkpoints))[-keep:], newest}
-    for step, path in _steps(checkpoints).items():
+    try:
+        there, complete = _steps(checkpoints), _complete(checkpoints)
+    except CheckpointError as error:
+        logger.warning("No checkpoint was deleted: %s", error.message)
+        return
+    kept = {*sorted(complete)[-keep:], newest}
+    for step, path in there.items():
         if step not in kept:
             try:
                 # The marker goes first: a deletion cut short leaves no checkpoint that looks complete.

@@ -241,16 +241,16 @@ class JobRecord:
 
 
 def _lost(steps: Sequence[int], start: int, log_every: int) -> str | None:
-    """That metrics which were logged up to the step `start` are gone; None where all are there, as far as it
-    shows: how often was logged may have been changed.
+    """That metrics up to the step `start` are not there; None where all are, as far as it shows: how often
+    was logged may have been changed.
     """
     apart = max((after - before for before, after in pairwise([0, *steps])), default=1)
     last = steps[-1] if steps else 0
     if start - last < max(log_every, apart):
         return None
     return (
-        f"{METRICS_FILE} was cut off by something else: it ends at step {last}, and the run goes on after "
-        f"{start}."
+        f"{METRICS_FILE} ends at step {last}, and the run goes on after {start}: what was logged between "
+        "is gone, unless training.log_every was larger then."
     )
 
 

@@ -94,8 +94,10 @@ class _Placeholder:
         self._path = path
 
     def __call__(self, *args: Any, **_kwargs: Any) -> Any:
-        """As a decorator returns the function; anything else makes another placeholder."""
+        """As a decorator returns the function, Triton's a kernel; anything else makes another placeholder."""
         if len(args) == 1 and isinstance(args[0], types.FunctionType):
+            return _Kernel(args[0].__name__) if self._package == "triton" else args[0]
+        if len(args) == 1 and isinstance(args[0], _Kernel):  # of several decorators one
             return args[0]
         return _Placeholder(f"{self._path}(…)")
 
@@ -104,8 +106,16 @@ class _Placeholder:
             raise AttributeError(name)
         return _Placeholder(f"{self._path}.{name}")
 
+    @property
+    def _package(self) -> str:
+        return self._path.split(".", 1)[0]
+
     def __getitem__(self, _item: Any) -> Any:
-        raise NotImplementedError(f"{self._path.split('.', 1)[0]} is not installed ({self._path} was used).")
+        raise NotImplementedError(f"{self._package} is not installed ({self._path} was used).")
+
+    # A number, or something to reckon with, is wanted: it is no import any more.
+    __lt__ = __gt__ = __le__ = __ge__ = __add__ = __radd__ = __mul__ = __rmul__ = __getitem__
+    __sub__ = __rsub__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __getitem__
 
     def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type, ...]:
         return ()  # as a base class
@@ -117,3 +127,12 @@ class _Placeholder:
 
     def __repr__(self) -> str:
         return f"<{self._path}, not installed>"
+
+
+class _Kernel(_Placeholder):
+    """A function that triton would compile: it is launched by subscript."""
+
+    def __getitem__(self, _grid: Any) -> Any:
+        raise NotImplementedError(
+            f"The Triton kernel {self._path} cannot run: the device is emulated, and triton is not installed."
+        )

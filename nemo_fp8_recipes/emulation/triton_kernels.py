@@ -1,7 +1,8 @@
 """What Transformer Engine's Triton kernels compute, in torch: those that its modules need.
 
 Follows `common/triton/pad.py` and `common/triton/grouped_dbias_dscales.py` of Transformer Engine; those of
-`permutation.py` are in `mask_permutation`. The other Triton kernels do not run on the emulated device.
+`permutation.py` are in `mask_permutation`, those of the loss in `cross_entropy`. The other Triton kernels do
+not run on the emulated device.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nemo_fp8_recipes.emulation import mask_permutation
+from nemo_fp8_recipes.emulation import cross_entropy, mask_permutation
 from nemo_fp8_recipes.emulation.import_hook import after_import
 from nemo_fp8_recipes.emulation.ledger import PatchLedger
 
@@ -42,6 +43,12 @@ def apply(ledger: PatchLedger) -> None:
         f"{_PACKAGE}.permutation",
         mask_permutation.replace_kernels,
         "tokens are moved to their experts by Triton kernels",
+    )
+    after_import(
+        ledger,
+        f"{_PACKAGE}.cross_entropy",
+        cross_entropy.replace_kernels,
+        "the loss and its gradient are computed by Triton kernels",
     )
 
 

@@ -335,6 +335,8 @@ def test_cudnn_is_as_old_for_torch_as_for_transformer_engine() -> None:
 def test_a_cuda_graph_is_refused_in_words_of_ours() -> None:
     with pytest.raises(RuntimeError, match="CUDAGraph cannot be made: the device is emulated"):
         torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="pool of CUDA graphs cannot be made: the device is emulated"):
+        torch.cuda.graph_pool_handle()
 
 
 def test_torch_compile_stays_usable() -> None:
@@ -425,3 +427,14 @@ def test_a_node_has_a_device_for_every_process_that_torchrun_started(on_this_nod
         env={"LOCAL_WORLD_SIZE": on_this_node},
     )
     assert seen == [count, 0]  # of its own it has one
+
+
+def test_the_profiler_sees_the_hosts_activity(capfd: pytest.CaptureFixture[str]) -> None:
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with (
+        pytest.warns(UserWarning, match="The device is emulated: of its activity the profiler sees"),
+        torch.profiler.profile(activities=kinds) as profile,
+    ):
+        torch.ones(4, device="cuda").exp()
+    assert "aten::exp" in {event.key for event in profile.key_averages()}
+    assert "Failed to record CUDA event" not in capfd.readouterr().err

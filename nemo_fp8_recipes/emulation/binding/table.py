@@ -24,8 +24,9 @@ Not emulated are fused attention and what connects several GPUs (communication o
 parallelism, Newton-Schulz over cuSOLVERMp). The emulated device says that it has cuBLAS 13.6, the oldest with
 every GEMM over grouped tensors; `te.ops.GroupedLinear` takes them wherever TE does, and so does
 `GroupedLinear(use_grouped_tensor=True)`. TE's Triton kernels are not part of the binding: the padding of
-gathered NVFP4 scales and the bias gradients of experts are done in torch, the others do not run. The fused
-grouped MLP of `te.ops` is a kernel of cuDNN's; TE finds none here and runs its parts.
+gathered NVFP4 scales, the bias gradients of experts, the permutations by mask and the cross entropy of 2.20
+are done in torch, the others do not run. The fused grouped MLP of `te.ops` is a kernel of cuDNN's; TE finds
+none here and runs its parts.
 """
 
 _RULE = "|---" * (len(RELEASES) + 2) + "|"

@@ -1,13 +1,16 @@
-"""CUDA's runtime as programs reach for it: the profiler's switch, the check of return codes, the mode that
-warns of synchronisation, the version of cuDNN.
+"""CUDA's runtime as programs reach for it: the profiler and its switch, the check of return codes, the mode
+that warns of synchronisation, the version of cuDNN.
 """
 
 from __future__ import annotations
 
+import functools
 import types
+import warnings
 from typing import Any
 
 import torch
+import torch.autograd.profiler
 import torch.backends.cudnn
 
 from nemo_fp8_recipes.emulation.binding.device import get_cudnn_version
@@ -46,8 +49,29 @@ def apply(ledger: PatchLedger) -> None:
         ledger.set(torch.cuda, function.__name__, function, reason)
     for function in (cudart, check_error):
         ledger.set(torch.cuda.profiler, function.__name__, function, reason)
+    ledger.set(
+        torch.autograd.profiler.profile,
+        "__init__",
+        _of_the_host(torch.autograd.profiler.profile.__init__),
+        "asked for CUDA's activity, the profiler writes a stack of frames for every operation",
+    )
     ledger.set(torch.backends.cudnn, "version", get_cudnn_version, "torch was built without cuDNN")
 
 
 def _success() -> int:
     return 0
+
+
+def _of_the_host(init: Any) -> Any:
+    """The profiler's constructor without the device, whose work is the host's."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, enabled: bool = True, *args: Any, **options: Any) -> None:
+        if enabled and (options.get("use_device") == "cuda" or options.get("use_cuda")):
+            warnings.warn(
+                "The device is emulated: of its activity the profiler sees what the host does.", stacklevel=3
+            )
+            options |= {"use_device": None, "use_cuda": False}
+        init(self, enabled, *args, **options)
+
+    return __init__

@@ -157,6 +157,14 @@ def apply(ledger: PatchLedger) -> None:
 
     ledger.set(torch.cuda.graphs.CUDAGraph, "__new__", __new__, reason)
 
+    def graph_pool_handle() -> Any:
+        raise RuntimeError(
+            "A pool of CUDA graphs cannot be made: the device is emulated, and there is nothing to capture."
+        )
+
+    for module in (torch.cuda, torch.cuda.graphs):
+        ledger.set(module, "graph_pool_handle", graph_pool_handle, reason)
+
     def range_push(msg: str) -> int:
         return 0
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_fp8_recipes.errors import ReportError
+from nemo_fp8_recipes.errors import ReportError, RunDirectoryError
 from nemo_fp8_recipes.report import text
 from nemo_fp8_recipes.training import display
 from nemo_fp8_recipes.training.data import Dataset
@@ -213,7 +213,10 @@ class JobRecord:
         training = self._settings.training
         finished = end.step >= training.steps
         if finished:
-            rows = read_metrics(self.path / METRICS_FILE)
+            try:
+                rows = read_metrics(self.path / METRICS_FILE)
+            except RunDirectoryError:  # damaged, as is said where the summary would be
+                rows = []
             self._directory.finish(
                 {
                     "steps": end.step,

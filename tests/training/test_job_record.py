@@ -54,6 +54,20 @@ def test_a_damaged_telemetry_file_does_not_make_the_job_a_failed_one(tmp_path: P
     assert end.status == (143 if stopped else 0)
 
 
+def test_damaged_metrics_do_not_make_a_job_that_reached_its_last_step_a_failed_one(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "mxfp8")
+    run.start(**START)
+    run.metrics_file.write_text('no step\n{"step": 2, "loss": 1.0}\n')
+    said, record = job_record(run)
+    with record.failing():
+        record.end(End(2, held_out=3.0))
+    run.close()
+    told = json.loads((run.path / "run.json").read_text())
+    assert told["status"] == "finished"
+    assert told["result"] == {"steps": 2, "first_loss": None, "last_loss": None, "held_out_loss": 3.0}
+    assert f"{run.metrics_file} is damaged: line 1" in said.getvalue()
+
+
 @pytest.mark.parametrize(
     ("logged", "log_every", "start", "ends"),
     [

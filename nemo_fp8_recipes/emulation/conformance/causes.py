@@ -53,6 +53,12 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "of the second linear's input is taken before it is rounded",
     ),
     (
+        r"distributed/test_numerics\.py::test_distributed\[nvfp4\]",
+        r"returncode",
+        "TE's tolerance fits a GPU's random numbers: with the host's one output is 0.127 off where 0.12 is "
+        "allowed, and under another seed all are within it",
+    ),
+    (
         r"test_single_grouped_weight_rejects_host_m_splits",
         r"DID NOT RAISE",
         "a host tensor of token counts passes for one of the device here",

@@ -1,11 +1,13 @@
 """Quantising a matrix on a CPU core: the emulated device's kernels beside torch, torch.compile and torchao.
 
     python benchmarks/quantize.py [--size 2048] [--dtype float32] [--threads 1] [--spread 0] [--rounds 9]
+        [--only "per tensor"]
 
 Same tensor, same thread count, in turn; with one thread CPU time is measured, which other programs disturb
 less. The ratios of a table are to our kernel: 5 means five times slower. The last table counts bytes read and
 written against `copy_` into an allocated tensor, which is the limit. Needs the test dependencies (torchao)
-and a C++ compiler, which torch.compile needs too.
+and a C++ compiler, which torch.compile needs too. What a table finds depends on those before it: once the
+process has freed large blocks, its temporaries are memory that it has already.
 """
 
 from __future__ import annotations
@@ -163,6 +165,7 @@ def main() -> None:
         "--spread", type=float, default=0.0, help="standard deviation of ln |factor| on normal values"
     )
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="the tables that have this in their title")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kernels = library()
@@ -185,6 +188,8 @@ def main() -> None:
         ("NVFP4, rowwise", nvfp4_contenders(x, kernels)),
         ("NVFP4 of a bf16 gradient", nvfp4_gradient_contenders(x, kernels)),
     ):
+        if options.only not in title:
+            continue
         contenders["copy_"] = lambda: target.copy_(x)
         times = in_turn(contenders, rounds=options.rounds, repeats=5)
         best[title] = [own / copy for own, copy in zip(times[OURS], times["copy_"], strict=True)]

@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
     from nemo_fp8_recipes.emulation import EmulatedDevice
 
 POSING_AS = "b200"
+
+if find_spec("hypothesis"):  # NeMo's and Bridge's environments do without
+    from hypothesis import HealthCheck, settings
+
+    # How fast inputs are made and tests run says what else the machine does, and nothing of the code.
+    settings.register_profile("any-speed", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+    settings.load_profile("any-speed")
 
 
 @pytest.fixture(scope="session")
